@@ -55,7 +55,7 @@ def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
     for a in axes:
-        if not -ndim <= a < builtins.max(ndim, 1):
+        if not -builtins.max(ndim, 1) <= a < builtins.max(ndim, 1):
             raise ValueError(f"axis {a} is out of range for a tensor of {ndim} dimensions")
     return tuple(int(a) % builtins.max(ndim, 1) for a in axes) if ndim else ()
 
@@ -120,6 +120,11 @@ def power(a: Any, b: Any) -> Tensor:
     """out = a ** b.   da = g * b * a^(b - 1),  db = g * a^b * log a  (zero where a = 0)."""
     a, b = _pair("power", a, b)
 
+    def gradient_a(g: Tensor) -> Tensor:
+        # A constant exponent 0 has the gradient 0, also at a = 0 where a^-1 is infinite.
+        less = b - 1 if b.requires_grad else where(b.data == 0, 1, b - 1)
+        return unbroadcast(g * (b * power(a, less)), a.shape)
+
     def gradient_b(g: Tensor) -> Tensor:
         zero = a.data == 0
         return unbroadcast(g * where(zero, 0.0, power(a, b) * log(where(zero, 1.0, a))), b.shape)
@@ -127,7 +132,7 @@ def power(a: Any, b: Any) -> Tensor:
     return primitive(
         "power",
         _power(a.data, b.data),
-        (a, lambda g: unbroadcast(g * (b * power(a, b - 1)), a.shape)),
+        (a, gradient_a),
         (b, gradient_b),
     )
 
@@ -280,9 +285,15 @@ def erf(a: Any) -> Tensor:
 
 
 def astype(a: Any, dtype: Any) -> Tensor:
-    """out = a in another floating-point precision.   da = g in the precision of a."""
+    """out = a in another floating-point precision.   da = g in the precision of a.
+
+    In a type without gradients, integers or booleans, out is a constant.
+    """
     a = _tensor(a)
-    return primitive("astype", a.data.astype(dtype), (a, lambda g: astype(g, a.dtype)))
+    data = a.data.astype(dtype)
+    if data.dtype.kind != "f":
+        return Tensor(data)
+    return primitive("astype", data, (a, lambda g: astype(g, a.dtype)))
 
 
 # Reductions.
@@ -434,7 +445,8 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
 
         def backward(g: Tensor) -> Tensor:
             part = einsum(formula, g, *others)
-            shape = tuple(sizes[c] if c in known else 1 for c in inputs[i])
+            found_sizes = dict(zip(found, part.shape))
+            shape = tuple(found_sizes.get(c, 1) for c in inputs[i])
             full = tuple(sizes[c] for c in inputs[i])
             return unbroadcast(broadcast_to(reshape(part, shape), full), tensors[i].shape)
 

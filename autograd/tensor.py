@@ -276,7 +276,7 @@ def _initial_gradient(output: Tensor, gradient: Any, caller: str) -> Tensor:
     gradient = as_tensor(gradient, output)
     if gradient.shape != output.shape:
         raise ValueError(f"{caller}: the gradient has shape {gradient.shape}, the result {output.shape}")
-    return gradient
+    return gradient if gradient.dtype == output.dtype else gradient.astype(output.dtype)
 
 
 def _reachable(root: Node | Tensor) -> list[Node]:

@@ -1,0 +1,253 @@
+"""Scaled dot-product attention: softmax(q k^T * scale) v, composed and fused.
+
+Which key a query may see: with n queries and m keys, query i stands at position i + m - n, so the last query
+stands at the last key. `causal` hides the keys after that position, `window` also those `window` or more
+before it, `key_lengths` (B,) the padding from that length on. A query that sees nothing gives zeros.
+Heads may be grouped: k and v have H_kv heads, each serving H / H_kv query heads (Ainslie et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, array_module
+from .fused import fused
+from .primitives import broadcast_to, exp, logsumexp, matmul, reshape, swapaxes, transpose, where
+from .tensor import Tensor, is_recording
+
+_QUERY_BLOCK = 64
+
+
+def attention_composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    window: int | None = None,
+    key_lengths: Array | None = None,
+    scale: float | None = None,
+    keep: Array | None = None,
+) -> Tensor:
+    check_shapes(q, k, v, causal, window, key_lengths)
+    xp = array_module(q.data, k.data, v.data)
+    (B, H, n, d), (_, H_kv, m, d_v) = q.shape, v.shape
+    grouped = reshape(q, (B, H_kv, H // H_kv, n, d))
+    k, v = reshape(k, (B, H_kv, 1, m, d)), reshape(v, (B, H_kv, 1, m, d_v))
+    scores = matmul(grouped, swapaxes(k, -1, -2)) * _scale(scale, d)  # (B, H_kv, H / H_kv, n, m)
+    visible = _visible(xp, slice(0, n), slice(0, m), m - n, causal, window, key_lengths)
+    if visible is not None:
+        scores = where(visible, scores, -math.inf)
+    total = (
+        logsumexp(scores, -1, keepdims=True)
+        if m
+        else broadcast_to(Tensor(xp.zeros((), q.dtype)), scores.shape)
+    )
+    p = exp(scores - where(xp.isfinite(total.data), total, 0.0))
+    if keep is not None:
+        p = p * Tensor(keep.reshape(p.shape))
+    return reshape(matmul(p, v), (B, H, n, d_v))
+
+
+@fused(attention_composed)
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    window: int | None = None,
+    key_lengths: Array | None = None,
+    scale: float | None = None,
+    keep: Array | None = None,
+) -> Any:
+    """out = (P * keep) v with P = softmax(q k^T * scale) over the visible keys (Vaswani et al. 2017, eq. 1).
+
+    q (B, H, n, d), k (B, H_kv, m, d), v (B, H_kv, m, d_v) -> (B, H, n, d_v). scale defaults to 1/sqrt(d).
+    keep (B, H, n, m) multiplies the probabilities: dropout's mask.
+    dv = P^T g,  dP = g v^T,  dS = P * (dP - rowsum(g * out)),  dq = dS k * scale,  dk = dS^T q * scale.
+    """
+    check_shapes(q, k, v, causal, window, key_lengths)
+    attend = _Attend(q, k, v, causal, window, key_lengths, scale, keep)
+
+    def gradients(g: Array, needed: Any) -> Any:
+        xp = array_module(q)
+        dq, dk, dv = xp.empty(q.shape, q.dtype), xp.zeros(k.shape, k.dtype), xp.zeros(v.shape, v.dtype)
+        attend.backward(g, dq, dk, dv)
+        return dq, dk, dv, *[None] * 5
+
+    return attend.out, gradients
+
+
+def self_attention_composed(
+    qkv: Tensor, heads: int, causal: bool = False, keep: Array | None = None
+) -> Tensor:
+    B, T, width = qkv.shape
+    packed = transpose(reshape(qkv, (B, T, 3, heads, width // (3 * heads))), (2, 0, 3, 1, 4))
+    out = attention_composed(packed[0], packed[1], packed[2], causal, keep=keep)  # (B, H, T, d)
+    return reshape(transpose(out, (0, 2, 1, 3)), (B, T, width // 3))
+
+
+@fused(self_attention_composed)
+def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | None = None) -> Any:
+    """attention among T positions, from q, k and v side by side as one linear map makes them.
+
+    qkv (B, T, 3 C) -> (B, T, C). The heads are views of qkv, and its gradient is filled through the same
+    views, so nothing is cut apart or joined.
+    """
+    B, T, width = qkv.shape
+    split = (B, T, 3, heads, width // (3 * heads))
+    q, k, v = qkv.reshape(split).transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
+    attend = _Attend(q, k, v, causal, None, None, None, keep)
+
+    def gradients(g: Array, needed: Any) -> Any:
+        dqkv = array_module(qkv).zeros(split, qkv.dtype)
+        dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
+        attend.backward(g.reshape(B, T, heads, -1).transpose(0, 2, 1, 3), dq, dk, dv)
+        return dqkv.reshape(qkv.shape), None, None, None
+
+    return attend.out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), gradients
+
+
+class _Attend:
+    """Attention on raw arrays, block by block of queries, so that keys no query sees cost nothing.
+
+    The H / H_kv query heads that share a key head stand one below the other as rows of one product.
+    """
+
+    def __init__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        window: int | None,
+        key_lengths: Array | None,
+        scale: float | None,
+        keep: Array | None,
+    ) -> None:
+        xp = array_module(q, k, v)
+        (B, H, n, d), (_, self.H_kv, m, d_v) = q.shape, v.shape
+        self.group = H // self.H_kv
+        self.q, self.k, self.v, self.keep = q, k, v, keep
+        self.scale = q.dtype.type(_scale(scale, d))
+        self.blocks: list[tuple[slice, slice, Array]] = []  # (queries, keys, P), for the gradient
+        self.out = xp.empty((B, n, H, d_v), q.dtype).transpose(0, 2, 1, 3)  # (B, H, n, d_v)
+        saves = is_recording()
+        size = _QUERY_BLOCK if xp is np else max(n, 1)
+        for start in range(0, n, size):
+            queries = slice(start, min(start + size, n))
+            keys = _key_range(queries, n, m, causal, window)
+            s = self._rows(q, queries) * self.scale @ k[:, :, keys].swapaxes(-1, -2)
+            p = self._softmax(s, queries, keys, m - n, causal, window, key_lengths)
+            kept = p if keep is None else p * self._keep(queries, keys, p.shape)
+            self.out[:, :, queries] = (kept @ v[:, :, keys]).reshape(B, H, -1, d_v)
+            if saves:
+                self.blocks.append((queries, keys, p))
+
+    def _rows(self, x: Array, queries: slice) -> Array:
+        """x (B, H, n, d) of these queries as (B, H_kv, group * queries, d)."""
+        x = x[:, :, queries]
+        return x if self.group == 1 else x.reshape(x.shape[0], self.H_kv, -1, x.shape[-1])
+
+    def _keep(self, queries: slice, keys: slice, shape: tuple[int, ...]) -> Array:
+        return self.keep[:, :, queries, keys].reshape(shape)
+
+    def _softmax(
+        self, s: Array, queries: slice, keys: slice, offset: int, causal: bool, window: Any, key_lengths: Any
+    ) -> Array:
+        """Softmax of the scores over the visible keys, in place."""
+        xp = array_module(s)
+        if s.shape[-1] == 0:
+            return s
+        always = 0  # the keys before this one are seen by every query of the block
+        if causal and window is None and key_lengths is None:
+            always = min(max(queries.start + offset + 1 - keys.start, 0), s.shape[-1])
+        masked = slice(keys.start + always, keys.stop)
+        visible = _visible(xp, queries, masked, offset, causal, window, key_lengths)
+        if visible is not None and masked.start < masked.stop:
+            hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
+            by_head = s.reshape(s.shape[0], self.H_kv, self.group, -1, s.shape[-1])
+            by_head[..., always:] += hidden
+        top = s.max(axis=-1, keepdims=True)
+        if visible is not None:
+            top = xp.where(xp.isfinite(top), top, s.dtype.type(0))
+        s -= top
+        xp.exp(s, out=s)
+        total = s.sum(axis=-1, keepdims=True)
+        if visible is not None:
+            total = xp.where(total == 0, s.dtype.type(1), total)
+        s /= total
+        return s
+
+    def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
+        """Fill dq, and add to dk and dv, from g (B, H, n, d_v)."""
+        xp = array_module(g)
+        while self.blocks:
+            queries, keys, p = self.blocks.pop()
+            g_rows = self._rows(g, queries)
+            D = xp.einsum("bhid,bhid->bhi", g_rows, self._rows(self.out, queries))[..., None]
+            ds = g_rows @ self.v[:, :, keys].swapaxes(-1, -2)  # dP
+            kept = p
+            if self.keep is not None:
+                keep = self._keep(queries, keys, p.shape)
+                ds *= keep
+                kept = p * keep
+            dv[:, :, keys] += kept.swapaxes(-1, -2) @ g_rows
+            ds -= D
+            ds *= p
+            ds *= self.scale
+            dq[:, :, queries] = (ds @ self.k[:, :, keys]).reshape(dq[:, :, queries].shape)
+            dk[:, :, keys] += ds.swapaxes(-1, -2) @ self._rows(self.q, queries)
+
+
+def _scale(scale: float | None, d: int) -> float:
+    return 1 / math.sqrt(d) if scale is None else scale
+
+
+def _key_range(queries: slice, n: int, m: int, causal: bool, window: int | None) -> slice:
+    """The keys that any of these queries may see."""
+    stop = max(min(queries.stop + m - n, m), 0) if causal else m
+    start = max(queries.start + m - n - window + 1, 0) if window is not None else 0
+    return slice(min(start, stop), stop)
+
+
+def _visible(
+    xp: Any,
+    queries: slice,
+    keys: slice,
+    offset: int,
+    causal: bool,
+    window: int | None,
+    key_lengths: Array | None,
+) -> Array | None:
+    """Which key each query sees, (queries, keys) or (B, 1, 1, queries, keys); None for all."""
+    position = xp.arange(queries.start, queries.stop)[:, None] + offset
+    key = xp.arange(keys.start, keys.stop)[None, :]
+    visible = None
+    if causal:
+        visible = key <= position
+    if window is not None:
+        visible = visible & (key > position - window)
+    if key_lengths is not None:
+        inside = key < key_lengths.reshape(-1, 1, 1, 1, 1)
+        visible = inside if visible is None else visible & inside
+    return visible
+
+
+def check_shapes(q: Any, k: Any, v: Any, causal: bool, window: int | None, key_lengths: Any) -> None:
+    """Raise ValueError, naming the shapes, unless attention is defined for these arguments."""
+    fits = len(q.shape) == len(k.shape) == len(v.shape) == 4
+    fits = fits and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]
+    if not fits or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit: "
+            "they are (batch, heads, queries, d), (batch, kv_heads, keys, d), (batch, kv_heads, keys, d_v)"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention: window={window}: a window is 1 or more, and needs causal=True")
+    if key_lengths is not None and tuple(key_lengths.shape) != (q.shape[0],):
+        raise ValueError(f"attention: key_lengths {key_lengths.shape} must be one for each of {q.shape[0]}")
