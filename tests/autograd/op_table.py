@@ -1,0 +1,443 @@
+"""The op table: for every operation, which inputs to try and what it must compute.
+
+`PRIMITIVES` and `FUSED` have one row an operation. A row holds a hypothesis strategy of cases, how to call the
+operation, and NumPy's function of the same meaning. A case holds float64 values inside the operation's domain,
+at least 0.05 away from its kinks and ties (a central difference reaches 0.002 far), each as some view of
+memory, and the arguments that have no gradient. Tests for the CPU, the stand-in for CuPy and a real card run
+the same table; see checks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from autograd import Tensor
+
+MAX_SIZE = 24  # elements of a result: a full Jacobian stays cheap
+
+# Views: the same values in another layout of memory, through what NumPy and CuPy have in common.
+
+VIEWS: dict[str, Callable[[Any, Any], Any]] = {
+    "contiguous": lambda xp, a: a,
+    "permuted": lambda xp, a: a.T.copy().T,
+    "swapped": lambda xp, a: a.swapaxes(0, -1).copy().swapaxes(0, -1),
+    "strided": lambda xp, a: xp.repeat(a, 2, axis=-1)[..., ::2],
+    "reversed": lambda xp, a: a[::-1].copy()[::-1],
+    "offset": lambda xp, a: xp.concatenate([a, a], axis=0)[len(a) :],
+    "broadcast": lambda xp, a: xp.broadcast_to(a[:1], a.shape),  # stride 0
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    values: np.ndarray
+    view: str = "contiguous"
+
+    def array(self, xp: Any = np, dtype: str = "float64") -> Any:
+        return VIEWS[self.view](xp, xp.asarray(self.values.astype(dtype)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """The differentiable inputs of an operation, and its other arguments."""
+
+    inputs: Sequence[Input]
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, xp: Any = np, dtype: str = "float64") -> list[Tensor]:
+        return [Tensor(x.array(xp, dtype), requires_grad=True) for x in self.inputs]
+
+    def constants(self, xp: Any = np) -> tuple[list[Any], dict[str, Any]]:
+        """The other arguments, arrays among them on the device."""
+        return on_device(list(self.args), xp), on_device(self.kwargs, xp)
+
+
+def on_device(value: Any, xp: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return xp.asarray(value)
+    if isinstance(value, dict):
+        return {key: on_device(item, xp) for key, item in value.items()}
+    return type(value)(on_device(v, xp) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+@dataclass(frozen=True)
+class Row:
+    """cases; call(function, tensors, *args, **kwargs); NumPy's function, called in the same way."""
+
+    cases: st.SearchStrategy[Case]
+    call: Callable[..., Any] = lambda f, t, *args, **kwargs: f(*t, *args, **kwargs)
+    numpy: Callable[..., Any] | None = None  # None: np.<name>, for a primitive
+    differentiable: bool = True
+
+
+# Domains: functions (random generator, shape) -> values.
+
+
+def smooth(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.uniform(-2, 2, shape)
+
+
+def positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.uniform(0.7, 2, shape)
+
+
+def nonzero(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.choice((-1, 1), shape) * positive(rng, shape)
+
+
+def distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """No two elements closer than 0.1: the largest stays the largest."""
+    n = math.prod(shape)
+    return (0.1 * (rng.permutation(n) - n / 2) + rng.uniform(0.02, 0.05)).reshape(shape)
+
+
+def even(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return 0.2 * rng.integers(-5, 6, shape)
+
+
+def odd(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """At least 0.1 away from anything even()."""
+    return 0.1 + 0.2 * rng.integers(-5, 6, shape)
+
+
+def generators() -> st.SearchStrategy[np.random.Generator]:
+    return st.builds(np.random.default_rng, st.integers(0, 2**32 - 1))
+
+
+@st.composite
+def inputs(draw: Any, shape: tuple[int, ...], domain: Callable[..., np.ndarray] = smooth) -> Input:
+    values = domain(draw(generators()), shape)
+    view = draw(st.sampled_from(sorted(VIEWS))) if shape else "contiguous"
+    if view == "broadcast":
+        if domain is distinct or not shape[0]:
+            view = "contiguous"
+        values = np.broadcast_to(values[:1], shape).copy() if view == "broadcast" else values
+    return Input(values, view)
+
+
+# Shapes: up to four dimensions, one in six of size zero.
+
+
+@st.composite
+def shapes(draw: Any, min_dims: int = 0, empty: bool = True) -> tuple[int, ...]:
+    shape: list[int] = []
+    for _ in range(draw(st.integers(min_dims, 4))):
+        shape.append(min(draw(st.integers(1, 4)), MAX_SIZE // math.prod(shape)))
+    if shape and empty and draw(st.integers(0, 5)) == 5:
+        shape[draw(st.integers(0, len(shape) - 1))] = 0
+    return tuple(shape)
+
+
+@st.composite
+def narrower(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that broadcasts to this one."""
+    kept = shape[draw(st.integers(0, len(shape))) :] if draw(st.booleans()) else shape
+    return tuple(n if draw(st.integers(0, 3)) else 1 for n in kept)
+
+
+@st.composite
+def shape_pairs(draw: Any, min_dims: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two shapes that broadcast; often neither is the result's."""
+    shape = draw(shapes(min_dims))
+    return draw(narrower(shape)), draw(narrower(shape)) if draw(st.booleans()) else shape
+
+
+# Arguments: functions (draw, shape) -> tuple.
+
+
+def nothing(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return ()
+
+
+def one_of(*choices: Any) -> Callable[..., tuple]:
+    return lambda draw, shape: (draw(st.sampled_from(choices)),)
+
+
+def axis(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return (draw(st.integers(-len(shape), len(shape) - 1)),)
+
+
+def new_axis(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return (draw(st.integers(-len(shape) - 1, len(shape))),)
+
+
+def two_axes(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return axis(draw, shape) + axis(draw, shape)
+
+
+def permutation(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return (tuple(draw(st.permutations(range(len(shape))))),) if draw(st.booleans()) else ()
+
+
+def diagonal(draw: Any, shape: tuple[int, ...]) -> tuple:
+    return (draw(st.integers(-3, 3)),)
+
+
+def any_axes(draw: Any, shape: tuple[int, ...], candidates: Sequence[int] | None = None) -> tuple:
+    """(axis, keepdims) of a reduction: one axis, several, or None for all."""
+    keepdims = draw(st.booleans())
+    candidates = list(range(len(shape))) if candidates is None else candidates
+    if len(candidates) == len(shape) and (not shape or draw(st.booleans())):
+        return None, keepdims
+    axes = draw(st.lists(st.sampled_from(candidates), min_size=1, unique=True))
+    axes = [i - len(shape) if draw(st.booleans()) else i for i in axes]
+    return tuple(axes) if len(axes) > 1 or draw(st.booleans()) else axes[0], keepdims
+
+
+def filled_axes(draw: Any, shape: tuple[int, ...]) -> tuple:
+    """The same for a reduction that has no value over nothing: only axes that have elements."""
+    candidates = [i for i, n in enumerate(shape) if n]
+    assume(candidates or not shape)
+    return any_axes(draw, shape, candidates)
+
+
+def other_shape(draw: Any, shape: tuple[int, ...]) -> tuple:
+    """The same number of elements in another shape, one length perhaps left to be found."""
+    size, lengths = math.prod(shape), []
+    for factor in (2, 3):
+        if size and size % factor == 0 and draw(st.booleans()):
+            lengths, size = [*lengths, factor], size // factor
+    lengths = draw(st.permutations([*lengths, -1 if size and draw(st.booleans()) else size]))
+    return (tuple(lengths),)
+
+
+def wider_shape(draw: Any, shape: tuple[int, ...]) -> tuple:
+    stretched = tuple(draw(st.integers(0, 3)) if n == 1 else n for n in shape)
+    return ((draw(st.integers(1, 2)),) * draw(st.integers(0, 4 - len(shape))) + stretched,)
+
+
+def squeezable(draw: Any, shape: tuple[int, ...]) -> tuple:
+    ones = [i for i, n in enumerate(shape) if n == 1]
+    return draw(st.sampled_from([(None,), *((i,) for i in ones), (tuple(ones),)]))
+
+
+def sections(draw: Any, shape: tuple[int, ...]) -> tuple:
+    """(equal parts or positions, axis) of a split."""
+    i = draw(st.integers(-len(shape), len(shape) - 1))
+    parts = [p for p in (1, 2, 3) if shape[i] % p == 0]
+    cuts = sorted(draw(st.lists(st.integers(0, shape[i]), max_size=3)))
+    return draw(st.sampled_from(parts)) if draw(st.booleans()) else cuts, i
+
+
+def widths(draw: Any, shape: tuple[int, ...]) -> tuple:
+    pairs = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in shape)
+    return pairs, draw(st.sampled_from([0.0, -1.5]))
+
+
+def index(draw: Any, shape: tuple[int, ...]) -> tuple:
+    """Slices, numbers, new axes, an ellipsis, arrays of integers (repeated, negative) and masks."""
+    rng = draw(generators())
+    kind = draw(st.sampled_from(["basic", "rows", "points", "mixed", "mask", "row mask"]))
+    if kind == "mask" or not shape:
+        return (rng.random(shape) < 0.5,)
+    if kind == "row mask":
+        return (rng.random(shape[:1]) < 0.5,)
+    if kind != "basic":
+        assume(all(shape))
+        columns = shape if kind == "points" else shape[:1]
+        size = draw(st.sampled_from([(), (3,), (2, 2), (0,)]))
+        arrays = tuple(rng.integers(-n, n, size) for n in columns)
+        return arrays if kind == "rows" else (arrays + (slice(None, None, -1),) * (len(shape) > len(arrays)),)
+    parts: list[Any] = []
+    for n in shape[: draw(st.integers(0, len(shape)))]:
+        if n and draw(st.booleans()):
+            parts.append(draw(st.integers(-n, n - 1)))
+        else:
+            parts.append(draw(st.slices(n)) if draw(st.booleans()) else slice(None, None, -2))
+    if draw(st.booleans()):
+        parts.insert(draw(st.integers(0, len(parts))), None)
+    if draw(st.booleans()):
+        parts.append(Ellipsis)
+    return (tuple(parts),)
+
+
+# Cases.
+
+
+@st.composite
+def one(
+    draw: Any, domain: Any = smooth, args: Any = nothing, min_dims: int = 0, max_dims: int = 4, empty: bool = True
+) -> Case:
+    shape = draw(shapes(min_dims, empty))[:max_dims]
+    return Case([draw(inputs(shape, domain))], args(draw, shape))
+
+
+@st.composite
+def pair(draw: Any, first: Any = smooth, second: Any = smooth, args: Any = nothing) -> Case:
+    a, b = draw(shape_pairs())
+    return Case([draw(inputs(a, first)), draw(inputs(b, second))], args(draw, np.broadcast_shapes(a, b)))
+
+
+@st.composite
+def choices(draw: Any) -> Case:
+    """where: two operands and a condition, all of which broadcast."""
+    case = draw(pair())
+    shape = np.broadcast_shapes(*(x.values.shape for x in case.inputs))
+    return Case(case.inputs, (draw(generators()).random(draw(narrower(shape))) < 0.5,))
+
+
+@st.composite
+def products(draw: Any) -> Case:
+    """matmul: vectors, matrices, and stacks of matrices whose leading axes broadcast."""
+    n, k, m = (draw(st.integers(0 if draw(st.integers(0, 7)) == 7 else 1, 3)) for _ in range(3))
+    batch = draw(shapes(empty=False))[:2]
+    left = (k,) if draw(st.integers(0, 4)) == 4 else (*draw(narrower(batch)), n, k)
+    right = (k,) if draw(st.integers(0, 4)) == 4 else (*draw(narrower(batch)), k, m)
+    return Case([draw(inputs(left)), draw(inputs(right))])
+
+
+@st.composite
+def einsums(draw: Any) -> Case:
+    """einsum: sums over own and shared letters, axes of length 1 that broadcast, ellipses."""
+    formula = draw(
+        st.sampled_from(
+            "i-> ij->ji ij->j ij,jk->ik ij,jk i,i-> i,j->ij ij,ij->i ij,ij->ij bqd,bkd->bqk i,ij,j-> i,j,k->kij "
+            "...->... ...i->... ...ij->...ji ...ij,...jk->...ik ...i,i->... i...,i...->...i".split()
+        )
+    )
+    sizes = {letter: draw(st.integers(0 if draw(st.integers(0, 9)) == 9 else 1, 3)) for letter in "bdijkq"}
+    dots = draw(shapes(empty=False))[:2]
+    operands = []
+    for letters in formula.partition("->")[0].split(","):
+        named = tuple(sizes[c] if draw(st.integers(0, 4)) else 1 for c in letters.replace("...", ""))
+        extra = draw(narrower(dots)) if "..." in letters else ()
+        shape = extra + named if letters.startswith("...") else named + extra
+        operands.append(draw(inputs(shape)))
+    return Case(operands, (formula,))
+
+
+@st.composite
+def lookups(draw: Any) -> Case:
+    """embedding: a table, and ids of which some repeat."""
+    rows, width = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    ids = draw(generators()).integers(0, rows, draw(shapes())[:2])
+    return Case([draw(inputs((rows, width)))], (ids,))
+
+
+@st.composite
+def several(draw: Any, same: bool) -> Case:
+    """concatenate, stack: one to three tensors and the axis along which they meet."""
+    shape = draw(shapes(min_dims=0 if same else 1))
+    (i,) = (new_axis if same else axis)(draw, shape)
+    operands = []
+    for _ in range(draw(st.integers(1, 3))):
+        lengths = list(shape)
+        if not same:
+            lengths[i] = draw(st.integers(0, 2))
+        operands.append(draw(inputs(tuple(lengths))))
+    return Case(operands, (i,))
+
+
+@st.composite
+def scatters(draw: Any) -> Case:
+    """put: an index into a shape, and values of the indexed shape."""
+    shape = draw(shapes(min_dims=1))
+    (where,) = index(draw, shape)
+    return Case([draw(inputs(np.zeros(shape)[where].shape))], (where, shape))
+
+
+@st.composite
+def sums_back(draw: Any) -> Case:
+    """unbroadcast: a gradient, and the shape of the operand that was broadcast."""
+    shape = draw(shapes())
+    return Case([draw(inputs(shape))], (draw(narrower(shape)),))
+
+
+# References that NumPy has no name for.
+
+
+def scattered(values: np.ndarray, where: Any, shape: tuple[int, ...]) -> np.ndarray:
+    out = np.zeros(shape)
+    np.add.at(out, where, values)
+    return out
+
+
+def summed_back(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The transpose of broadcasting, by its definition: every element goes to where it came from."""
+    source = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), g.shape)
+    return np.bincount(source.ravel(), g.ravel(), math.prod(shape)).reshape(shape)
+
+
+def keeping(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, axis, keepdims: f(a, axis=axis, keepdims=keepdims)
+
+
+def log_sum_exp(a: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    return np.log(np.sum(np.exp(a), axis=axis, keepdims=keepdims))
+
+
+def padded(a: np.ndarray, pairs: Any, value: float) -> np.ndarray:
+    return np.pad(a, pairs, constant_values=value)
+
+
+def as_list(f: Any, t: Any, *args: Any) -> Any:
+    return f(list(t), *args)
+
+
+def args_first(f: Any, t: Any, *args: Any) -> Any:
+    return f(*args, *t)
+
+
+VALUES = st.one_of(pair(positive), one(positive, one_of(0, 1, 2, 3, 0.5, -1.5)), one(nonzero, one_of(2, 3, -1)))
+COMPARED = Row(pair(even, even), differentiable=False)
+erf = np.vectorize(math.erf, otypes=[float])
+
+PRIMITIVES: dict[str, Row] = {
+    "abs": Row(one(nonzero)),
+    "add": Row(pair()),
+    "astype": Row(one(), lambda f, t: f(t[0], t[0].dtype), np.asarray),
+    "broadcast_to": Row(one(args=wider_shape)),
+    "concatenate": Row(several(same=False), as_list),
+    "cumsum": Row(one(args=axis, min_dims=1)),
+    "div": Row(pair(second=nonzero), numpy=np.divide),
+    "einsum": Row(einsums(), args_first),
+    "embedding": Row(lookups(), args_first, lambda ids, table: table[ids]),
+    "equal": COMPARED,
+    "erf": Row(one(), numpy=erf),
+    "exp": Row(one()),
+    "expand_dims": Row(one(args=new_axis, max_dims=3)),
+    "getitem": Row(one(args=index), numpy=lambda a, i: a[i]),
+    "greater": COMPARED,
+    "greater_equal": COMPARED,
+    "identity": Row(one(), numpy=np.asarray),
+    "less": COMPARED,
+    "less_equal": COMPARED,
+    "log": Row(one(positive)),
+    "logsumexp": Row(one(args=filled_axes), numpy=log_sum_exp),
+    "matmul": Row(products()),
+    "max": Row(one(distinct, filled_axes), numpy=keeping(np.max)),
+    "maximum": Row(pair(even, odd)),
+    "mean": Row(one(args=filled_axes), numpy=keeping(np.mean)),
+    "min": Row(one(distinct, filled_axes), numpy=keeping(np.min)),
+    "minimum": Row(pair(even, odd)),
+    "mul": Row(pair(), numpy=np.multiply),
+    "neg": Row(one(), numpy=np.negative),
+    "not_equal": COMPARED,
+    "pad": Row(one(args=widths, min_dims=1), numpy=padded),
+    "power": Row(VALUES),
+    "put": Row(scatters(), numpy=scattered),
+    "reshape": Row(one(args=other_shape)),
+    "sigmoid": Row(one(), numpy=lambda a: 1 / (1 + np.exp(-a))),
+    "split": Row(one(args=sections, min_dims=1)),
+    "sqrt": Row(one(positive)),
+    "squeeze": Row(one(args=squeezable)),
+    "stack": Row(several(same=True), as_list),
+    "sub": Row(pair(), numpy=np.subtract),
+    "sum": Row(one(args=any_axes), numpy=keeping(np.sum)),
+    "swapaxes": Row(one(args=two_axes, min_dims=1)),
+    "tanh": Row(one()),
+    "transpose": Row(one(args=permutation)),
+    "tril": Row(one(args=diagonal, min_dims=2)),
+    "triu": Row(one(args=diagonal, min_dims=2)),
+    "unbroadcast": Row(sums_back(), numpy=summed_back),
+    "var": Row(one(args=filled_axes), numpy=keeping(np.var)),
+    "where": Row(choices(), args_first),
+}

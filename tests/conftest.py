@@ -1,0 +1,31 @@
+"""Fixtures and settings of every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from . import strict_cupy as stand_in
+
+settings.register_profile(
+    "tinyllm",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=25,
+    # Fixtures here hold for a whole test (a module patched, a folder); no example changes them.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tinyllm")
+
+
+@pytest.fixture
+def strict_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The stand-in of strict_cupy.py as the backend's CuPy, so that device "cuda" works without a GPU."""
+    monkeypatch.setattr("autograd.backend.cupy", stand_in.cupy)
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.special", stand_in.cupyx_special)
+    yield stand_in.cupy
