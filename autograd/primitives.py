@@ -75,22 +75,24 @@ def unbroadcast(g: Tensor, shape: tuple[int, ...]) -> Tensor:
 def add(a: Any, b: Any) -> Tensor:
     """out = a + b.   da = g,  db = g."""
     a, b = _pair("add", a, b)
+    shape_a, shape_b = a.shape, b.shape  # the gradients need the shapes only: a and b are free to go
     return primitive(
         "add",
         a.data + b.data,
-        (a, lambda g: unbroadcast(g, a.shape)),
-        (b, lambda g: unbroadcast(g, b.shape)),
+        (a, lambda g: unbroadcast(g, shape_a)),
+        (b, lambda g: unbroadcast(g, shape_b)),
     )
 
 
 def sub(a: Any, b: Any) -> Tensor:
     """out = a - b.   da = g,  db = -g."""
     a, b = _pair("sub", a, b)
+    shape_a, shape_b = a.shape, b.shape
     return primitive(
         "sub",
         a.data - b.data,
-        (a, lambda g: unbroadcast(g, a.shape)),
-        (b, lambda g: unbroadcast(-g, b.shape)),
+        (a, lambda g: unbroadcast(g, shape_a)),
+        (b, lambda g: unbroadcast(-g, shape_b)),
     )
 
 
@@ -308,10 +310,8 @@ def _spread(g: Tensor, axes: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 def sum(a: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """out = sum of a over the axes.   da = g, repeated along them."""
     a = _tensor(a)
-    axes = _axes(axis, a.ndim)
-    return primitive(
-        "sum", a.data.sum(axis=axes, keepdims=keepdims), (a, lambda g: _spread(g, axes, a.shape))
-    )
+    axes, shape = _axes(axis, a.ndim), a.shape
+    return primitive("sum", a.data.sum(axis=axes, keepdims=keepdims), (a, lambda g: _spread(g, axes, shape)))
 
 
 def mean(a: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
@@ -485,7 +485,8 @@ def reshape(a: Any, *shape: Any) -> Tensor:
     """out = a in another shape of the same size, one axis may be -1.   da = g in a's shape."""
     a = _tensor(a)
     shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, np.integer)) else shape
-    return primitive("reshape", a.data.reshape(shape), (a, lambda g: reshape(g, a.shape)))
+    before = a.shape
+    return primitive("reshape", a.data.reshape(shape), (a, lambda g: reshape(g, before)))
 
 
 def transpose(a: Any, *axes: Any) -> Tensor:
@@ -531,7 +532,8 @@ def broadcast_to(a: Any, shape: tuple[int, ...]) -> Tensor:
         data = array_module(a.data).broadcast_to(a.data, shape)
     except ValueError:
         raise ValueError(f"broadcast_to: shape {a.shape} does not broadcast to {tuple(shape)}") from None
-    return primitive("broadcast_to", data, (a, lambda g: unbroadcast(g, a.shape)))
+    before = a.shape
+    return primitive("broadcast_to", data, (a, lambda g: unbroadcast(g, before)))
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
@@ -596,7 +598,8 @@ def getitem(a: Any, index: Any) -> Tensor:
     """out = a[index], for slices, numbers, integer arrays and masks.   da = zeros, with g added at index."""
     a = _tensor(a)
     index = _raw(index)
-    return primitive("getitem", a.data[index], (a, lambda g: put(g, index, a.shape)))
+    shape = a.shape
+    return primitive("getitem", a.data[index], (a, lambda g: put(g, index, shape)))
 
 
 def put(values: Any, index: Any, shape: tuple[int, ...]) -> Tensor:

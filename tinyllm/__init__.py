@@ -12,7 +12,7 @@ from tinyllm.checkpoints import resolve
 from tinyllm.errors import InputError
 from tinyllm.pretrained import read_config
 
-__all__ = ["InputError", "from_pretrained", "models"]
+__all__ = ["InputError", "fetched", "from_pretrained", "models"]
 
 _MODELS = {cls.model_type: cls for cls in (models.GPT2,)}
 
@@ -26,7 +26,7 @@ def from_pretrained(folder_or_hub_name: str | Path, dtype: Any = np.float32) -> 
     Raises:
         InputError: saying what is missing, damaged or not implemented.
     """
-    folder = resolve(_fetched(folder_or_hub_name))
+    folder = resolve(fetched(folder_or_hub_name))
     model_type = read_config(folder).get("model_type")
     if model_type not in _MODELS:
         known = ", ".join(sorted(_MODELS))
@@ -34,7 +34,7 @@ def from_pretrained(folder_or_hub_name: str | Path, dtype: Any = np.float32) -> 
     return _MODELS[model_type].from_pretrained(folder, dtype)
 
 
-def _fetched(name: str | Path) -> Path:
+def fetched(name: str | Path) -> Path:
     """The folder of that name, or the files of that name from the hub."""
     is_hub_name = isinstance(name, str) and 0 < len(name.split("/")) <= 2 and not name.startswith((".", "/"))
     if Path(name).exists() or not is_hub_name:

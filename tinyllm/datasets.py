@@ -172,7 +172,7 @@ class Sampler:
             raise InputError(f"a corpus of {n} tokens is too short for a context of {context}, which needs "
                              f"{context + 1}; give more text or a smaller context")
         self.windows = max(1, n // context - 1)  # in an epoch: one less than fit, so that the start can vary
-        self.starts = min(context, n - self.windows * context)  # places where the first window may start
+        self.starts = n - self.windows * context  # places where the first window may start
         self.position = 0
         self._epoch, self._offsets = -1, np.empty(0, np.int64)
 

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import regex
 import tiktoken
@@ -243,6 +243,13 @@ class CharacterTokenizer:
 
 
 Tokenizer = BytePairTokenizer | CharacterTokenizer
+
+
+def check_fit(model: Any, tokenizer: Tokenizer) -> None:
+    """Raise InputError if the tokenizer has ids that the model, with its vocabulary_size, does not know."""
+    if tokenizer.vocabulary_size > model.vocabulary_size:
+        raise InputError(f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
+                         f"{model.vocabulary_size}: they are not of one model")
 
 
 class StreamDecoder:

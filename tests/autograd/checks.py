@@ -6,12 +6,12 @@ or the stand-in for CuPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from autograd import Tensor, gradcheck
+from autograd import Tensor, grad, gradcheck
 
 from .op_table import Case, Row
 
@@ -24,25 +24,28 @@ EPS32 = float(np.finfo(np.float32).eps)
 
 
 def run(row: Row, operation: Callable[..., Any], tensors: list[Tensor], case: Case, xp: Any) -> list[Tensor]:
-    args, kwargs = case.constants(xp)
+    args, kwargs = case.constants(xp, tensors[0].dtype.name)
     result = row.call(operation, tensors, *args, **kwargs)
     return [result] if isinstance(result, Tensor) else list(result)
+
+
+def weighted(results: Sequence[Tensor], upstream: Sequence[np.ndarray], xp: Any) -> Tensor:
+    """The single value sum(upstream * result), whose gradients are the vector-Jacobian products."""
+    terms = [(y * Tensor(xp.asarray(g.astype(y.dtype)))).sum() for y, g in zip(results, upstream)]
+    return sum(terms[1:], terms[0])
 
 
 def gradients(results: list[Tensor], tensors: list[Tensor], upstream: list[np.ndarray], xp: Any) -> list[Any]:
     """The gradients of sum(upstream * result), as `backward` leaves them in the leaves."""
     for tensor in tensors:
         tensor.grad = None
-    total = sum(
-        ((y * Tensor(xp.asarray(g.astype(y.dtype)))).sum() for y, g in zip(results, upstream)),
-        Tensor(xp.asarray(np.zeros((), results[0].dtype))),
-    )
+    total = weighted(results, upstream, xp)
     if total.requires_grad:
         total.backward()
     return [tensor.grad.data if tensor.grad is not None else xp.zeros_like(tensor.data) for tensor in tensors]
 
 
-def upstream_of(results: list[Tensor]) -> list[np.ndarray]:
+def upstream_of(results: Sequence[Tensor]) -> list[np.ndarray]:
     """Random gradients of the results; not all-ones, for which a wrong softmax gradient is right."""
     rng = np.random.default_rng(0)
     return [rng.uniform(0.5, 2, y.shape) * rng.choice((-1, 1), y.shape) for y in results]
@@ -66,7 +69,8 @@ def check_gradients(row: Row, operation: Callable[..., Any], case: Case, xp: Any
 def check_values(row: Row, operation: Callable[..., Any], reference: Callable[..., Any], case: Case, xp: Any = np) -> None:
     """float64 results agree with the reference on NumPy arrays, and live on the device."""
     arrays = [x.array() for x in case.inputs]
-    expected = row.call(reference, arrays, *case.args, **case.kwargs)
+    args, kwargs = case.constants()
+    expected = row.call(reference, arrays, *args, **kwargs)
     found = run(row, operation, case.tensors(xp), case, xp)
     expected = expected if isinstance(expected, (list, tuple)) else [expected]
     assert len(found) == len(expected)
@@ -103,3 +107,29 @@ def check_views(row: Row, operation: Callable[..., Any], case: Case, xp: Any = n
         np.testing.assert_allclose(Tensor(g).numpy(), Tensor(h).numpy(), rtol=1e-12, atol=1e-12)
     for tensor, x in zip(views, case.inputs):
         assert np.array_equal(tensor.numpy(), x.values)
+
+
+def second_gradients(
+    results: list[Tensor], tensors: list[Tensor], upstream: list[np.ndarray], xp: Any
+) -> list[Tensor]:
+    """The gradients of the sum of w * (the gradients of the tensors), with random weights w."""
+    first = grad(weighted(results, upstream, xp), tensors, create_graph=True)
+    total = weighted(first, upstream_of(first), xp)
+    return list(grad(total, tensors)) if total.requires_grad else [t * 0.0 for t in tensors]
+
+
+def check_device(row: Row, operation: Callable[..., Any], case: Case, xp: Any) -> None:
+    """On another device: the values and gradients, first and second, of the CPU; float32; views."""
+    host, device = case.tensors(), case.tensors(xp)
+    expected, found = run(row, operation, host, case, np), run(row, operation, device, case, xp)
+    if row.differentiable:
+        upstream = upstream_of(expected)
+        expected += second_gradients(expected, host, upstream, np)
+        found += second_gradients(found, device, upstream, xp)
+        expected += map(Tensor, gradients(expected[: len(upstream)], host, upstream, np))
+        found += map(Tensor, gradients(found[: len(upstream)], device, upstream, xp))
+        check_float32(row, operation, case, xp)
+        check_views(row, operation, case, xp)
+    for y, z in zip(found, expected, strict=True):
+        assert isinstance(y.data, xp.ndarray) and y.shape == z.shape and y.dtype == z.dtype
+        np.testing.assert_allclose(y.numpy(), z.data, rtol=1e-11, atol=1e-12)

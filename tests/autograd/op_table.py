@@ -55,17 +55,19 @@ class Case:
     def tensors(self, xp: Any = np, dtype: str = "float64") -> list[Tensor]:
         return [Tensor(x.array(xp, dtype), requires_grad=True) for x in self.inputs]
 
-    def constants(self, xp: Any = np) -> tuple[list[Any], dict[str, Any]]:
-        """The other arguments, arrays among them on the device."""
-        return on_device(list(self.args), xp), on_device(self.kwargs, xp)
+    def constants(self, xp: Any = np, dtype: str = "float64") -> tuple[list[Any], dict[str, Any]]:
+        """The other arguments, arrays among them on the device and Inputs in the precision."""
+        return placed(list(self.args), xp, dtype), placed(self.kwargs, xp, dtype)
 
 
-def on_device(value: Any, xp: Any) -> Any:
+def placed(value: Any, xp: Any, dtype: str) -> Any:
+    if isinstance(value, Input):
+        return value.array(xp, dtype)
     if isinstance(value, np.ndarray):
         return xp.asarray(value)
     if isinstance(value, dict):
-        return {key: on_device(item, xp) for key, item in value.items()}
-    return type(value)(on_device(v, xp) for v in value) if isinstance(value, (tuple, list)) else value
+        return {key: placed(item, xp, dtype) for key, item in value.items()}
+    return type(value)(placed(v, xp, dtype) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,12 @@ def distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return (0.1 * (rng.permutation(n) - n / 2) + rng.uniform(0.02, 0.05)).reshape(shape)
 
 
+def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """No two elements closer than 0.7: a variance is far from zero, around which normalization bends."""
+    n = math.prod(shape)
+    return (rng.permutation(n) - n / 2).reshape(shape) + rng.uniform(0, 0.3, shape)
+
+
 def even(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return 0.2 * rng.integers(-5, 6, shape)
 
@@ -106,6 +114,10 @@ def even(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def odd(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """At least 0.1 away from anything even()."""
     return 0.1 + 0.2 * rng.integers(-5, 6, shape)
+
+
+def coins(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(rng.random(shape) < 0.5)
 
 
 def generators() -> st.SearchStrategy[np.random.Generator]:
@@ -117,7 +129,7 @@ def inputs(draw: Any, shape: tuple[int, ...], domain: Callable[..., np.ndarray] 
     values = domain(draw(generators()), shape)
     view = draw(st.sampled_from(sorted(VIEWS))) if shape else "contiguous"
     if view == "broadcast":
-        if domain is distinct or not shape[0]:
+        if domain in (distinct, spread) or not shape[0]:
             view = "contiguous"
         values = np.broadcast_to(values[:1], shape).copy() if view == "broadcast" else values
     return Input(values, view)
@@ -199,6 +211,12 @@ def filled_axes(draw: Any, shape: tuple[int, ...]) -> tuple:
     return any_axes(draw, shape, candidates)
 
 
+def filled_axis(draw: Any, shape: tuple[int, ...]) -> tuple:
+    candidates = [i - j for i, n in enumerate(shape) if n for j in (0, len(shape))]
+    assume(candidates)
+    return (draw(st.sampled_from(candidates)),)
+
+
 def other_shape(draw: Any, shape: tuple[int, ...]) -> tuple:
     """The same number of elements in another shape, one length perhaps left to be found."""
     size, lengths = math.prod(shape), []
@@ -237,14 +255,14 @@ def index(draw: Any, shape: tuple[int, ...]) -> tuple:
     rng = draw(generators())
     kind = draw(st.sampled_from(["basic", "rows", "points", "mixed", "mask", "row mask"]))
     if kind == "mask" or not shape:
-        return (rng.random(shape) < 0.5,)
+        return (coins(rng, shape),)
     if kind == "row mask":
-        return (rng.random(shape[:1]) < 0.5,)
+        return (coins(rng, shape[:1]),)
     if kind != "basic":
         assume(all(shape))
         columns = shape if kind == "points" else shape[:1]
         size = draw(st.sampled_from([(), (3,), (2, 2), (0,)]))
-        arrays = tuple(rng.integers(-n, n, size) for n in columns)
+        arrays = tuple(np.asarray(rng.integers(-n, n, size)) for n in columns)
         return arrays if kind == "rows" else (arrays + (slice(None, None, -1),) * (len(shape) > len(arrays)),)
     parts: list[Any] = []
     for n in shape[: draw(st.integers(0, len(shape)))]:
@@ -281,7 +299,7 @@ def choices(draw: Any) -> Case:
     """where: two operands and a condition, all of which broadcast."""
     case = draw(pair())
     shape = np.broadcast_shapes(*(x.values.shape for x in case.inputs))
-    return Case(case.inputs, (draw(generators()).random(draw(narrower(shape))) < 0.5,))
+    return Case(case.inputs, (coins(draw(generators()), draw(narrower(shape))),))
 
 
 @st.composite
@@ -318,7 +336,7 @@ def einsums(draw: Any) -> Case:
 def lookups(draw: Any) -> Case:
     """embedding: a table, and ids of which some repeat."""
     rows, width = draw(st.integers(1, 4)), draw(st.integers(0, 3))
-    ids = draw(generators()).integers(0, rows, draw(shapes())[:2])
+    ids = np.asarray(draw(generators()).integers(0, rows, draw(shapes())[:2]))
     return Case([draw(inputs((rows, width)))], (ids,))
 
 
@@ -351,7 +369,70 @@ def sums_back(draw: Any) -> Case:
     return Case([draw(inputs(shape))], (draw(narrower(shape)),))
 
 
+@st.composite
+def normalized(draw: Any, domain: Any, parameters: int) -> Case:
+    """layer_norm, rms_norm: rows of at least one element, and up to so many parameters of a row's length."""
+    shape = (*draw(shapes())[:3], draw(st.integers(1, 4)))
+    operands = [inputs(shape[-1:], smooth)] * draw(st.integers(0, parameters))
+    eps = draw(st.sampled_from([1e-5, 0.1]))
+    return Case([draw(inputs(shape, domain)), *map(draw, operands)], kwargs={"eps": eps})
+
+
+@st.composite
+def linears(draw: Any, bias: bool = True) -> Case:
+    n, m = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    x = inputs((*draw(shapes())[:2], n))
+    biases = [inputs((m,))] * draw(st.integers(0, 1)) if bias else []
+    return Case([draw(x), draw(inputs((m, n))), *map(draw, biases)])
+
+
+@st.composite
+def classified(draw: Any, head: bool) -> Case:
+    """cross_entropy: logits, or features and a head's weights; targets, some of them to be ignored."""
+    classes, leading = draw(st.integers(1, 4)), draw(shapes())[:2]
+    rng, ignored = draw(generators()), draw(st.sampled_from([-100, 0]))
+    targets = np.where(rng.random(leading) < 0.3, ignored, rng.integers(0, classes, leading))
+    kwargs = {"ignore_index": ignored, "reduction": draw(st.sampled_from(["mean", "sum"]))}
+    if head:
+        n = draw(st.integers(1, 3))
+        return Case([draw(inputs((*leading, n))), draw(inputs((classes, n)))], (targets,), kwargs)
+    smoothing = draw(st.sampled_from([0.0, 0.2]))
+    return Case([draw(inputs((*leading, classes)))], (targets,), {**kwargs, "label_smoothing": smoothing})
+
+
+def dropped(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.where(rng.random(shape) < 0.3, 0.0, 1.25)
+
+
+@st.composite
+def attentions(draw: Any) -> Case:
+    """attention: grouped heads, fewer or more keys than queries, each mask, and queries that see nothing."""
+    B, kv_heads, group, n, m = (draw(st.integers(1, 2)) for _ in range(5))
+    n, m = n * draw(st.integers(1, 2)), m * draw(st.integers(0, 2))
+    d, d_v, heads = draw(st.integers(1, 2)), draw(st.integers(1, 2)), kv_heads * group
+    kwargs: dict[str, Any] = {"causal": draw(st.booleans()), "scale": draw(st.sampled_from([None, 0.3]))}
+    if kwargs["causal"] and draw(st.booleans()):
+        kwargs["window"] = draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        kwargs["key_lengths"] = draw(generators()).integers(0, m + 1, B)
+    if draw(st.integers(0, 3)) == 3:
+        kwargs["keep"] = Input(dropped(draw(generators()), (B, heads, n, m)))
+    operands = [(B, heads, n, d), (B, kv_heads, m, d), (B, kv_heads, m, d_v)]
+    return Case([draw(inputs(shape)) for shape in operands], (), kwargs)
+
+
+@st.composite
+def self_attentions(draw: Any) -> Case:
+    B, T, heads, d = (draw(st.integers(1, top)) for top in (2, 3, 2, 2))
+    kwargs: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.integers(0, 3)) == 3:
+        kwargs["keep"] = Input(dropped(draw(generators()), (B, heads, T, T)))
+    return Case([draw(inputs((B, T, 3 * heads * d)))], (heads,), kwargs)
+
+
 # References that NumPy has no name for.
+
+erf = np.vectorize(math.erf, otypes=[float])
 
 
 def scattered(values: np.ndarray, where: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -363,7 +444,7 @@ def scattered(values: np.ndarray, where: Any, shape: tuple[int, ...]) -> np.ndar
 def summed_back(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The transpose of broadcasting, by its definition: every element goes to where it came from."""
     source = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), g.shape)
-    return np.bincount(source.ravel(), g.ravel(), math.prod(shape)).reshape(shape)
+    return scattered(g.ravel(), source.ravel(), (math.prod(shape),)).reshape(shape)
 
 
 def keeping(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -378,6 +459,60 @@ def padded(a: np.ndarray, pairs: Any, value: float) -> np.ndarray:
     return np.pad(a, pairs, constant_values=value)
 
 
+def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.exp(x) / np.exp(x).sum(axis=axis, keepdims=True)
+
+
+def layer_norm(x: np.ndarray, weight: Any = 1.0, bias: Any = 0.0, eps: float = 0.0) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * weight + bias
+
+
+def rms_norm(x: np.ndarray, weight: Any = 1.0, eps: float = 0.0) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def gelu(x: np.ndarray, approximate: str) -> np.ndarray:
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return x * (1 + (np.tanh(inner) if approximate == "tanh" else erf(x / math.sqrt(2)))) / 2
+
+
+def cross_entropy(
+    logits: np.ndarray, targets: Any, ignore_index: int, reduction: str, label_smoothing: float = 0.0
+) -> np.ndarray:
+    losses = []
+    for position in np.argwhere(targets != ignore_index):
+        p = softmax(logits[tuple(position)])
+        q = np.full(p.shape, label_smoothing / len(p))
+        q[targets[tuple(position)]] += 1 - label_smoothing
+        losses.append(-np.sum(q * np.log(p)))
+    return np.sum(losses) / (max(len(losses), 1) if reduction == "mean" else 1)
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray,
+    causal: bool = False, window: Any = None, key_lengths: Any = None, scale: Any = None, keep: Any = 1.0,
+) -> np.ndarray:  # fmt: skip
+    """One query at a time: the keys that it sees, their softmax, the mean of their values."""
+    (B, H, n, d), (_, kv_heads, m, d_v) = q.shape, v.shape
+    out, keep = np.zeros((B, H, n, d_v)), np.broadcast_to(keep, (B, H, n, m))
+    for b, h, i in np.ndindex(B, H, n):
+        position = i + m - n
+        seen = [
+            j
+            for j in range(m if key_lengths is None else key_lengths[b])
+            if (not causal or j <= position) and (window is None or j > position - window)
+        ]
+        if seen:
+            scores = k[b, h // (H // kv_heads), seen] @ q[b, h, i] * (scale or 1 / math.sqrt(d))
+            out[b, h, i] = (softmax(scores) * keep[b, h, i, seen]) @ v[b, h // (H // kv_heads), seen]
+    return out
+
+
+def self_attention(qkv: np.ndarray, heads: int, **kwargs: Any) -> np.ndarray:
+    q, k, v = (np.stack(np.split(x, heads, -1), 1) for x in np.split(qkv, 3, -1))  # (B, H, T, d)
+    return np.concatenate(list(attention(q, k, v, **kwargs).swapaxes(0, 1)), -1)
+
+
 def as_list(f: Any, t: Any, *args: Any) -> Any:
     return f(list(t), *args)
 
@@ -388,7 +523,6 @@ def args_first(f: Any, t: Any, *args: Any) -> Any:
 
 VALUES = st.one_of(pair(positive), one(positive, one_of(0, 1, 2, 3, 0.5, -1.5)), one(nonzero, one_of(2, 3, -1)))
 COMPARED = Row(pair(even, even), differentiable=False)
-erf = np.vectorize(math.erf, otypes=[float])
 
 PRIMITIVES: dict[str, Row] = {
     "abs": Row(one(nonzero)),
@@ -440,4 +574,19 @@ PRIMITIVES: dict[str, Row] = {
     "unbroadcast": Row(sums_back(), numpy=summed_back),
     "var": Row(one(args=filled_axes), numpy=keeping(np.var)),
     "where": Row(choices(), args_first),
+}
+
+FUSED: dict[str, Row] = {
+    "attention": Row(attentions(), numpy=attention),
+    "cross_entropy": Row(classified(head=False), numpy=cross_entropy),
+    "embedding_lookup": PRIMITIVES["embedding"],
+    "gelu": Row(one(args=one_of("tanh", "none")), numpy=gelu),
+    "layer_norm": Row(normalized(spread, 2), numpy=layer_norm),
+    "linear": Row(linears(), numpy=lambda x, w, b=0.0: x @ w.T + b),
+    "linear_cross_entropy": Row(classified(head=True), numpy=lambda x, w, *a, **kw: cross_entropy(x @ w.T, *a, **kw)),
+    "log_softmax": Row(one(args=filled_axis, min_dims=1), numpy=lambda x, axis: np.log(softmax(x, axis))),
+    "rms_norm": Row(normalized(nonzero, 1), numpy=rms_norm),
+    "self_attention": Row(self_attentions(), numpy=self_attention),
+    "silu": Row(one(), numpy=lambda x: x / (1 + np.exp(-x))),
+    "softmax": Row(one(args=filled_axis, min_dims=1), numpy=softmax),
 }

@@ -92,8 +92,16 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "replace", check)
-    save(tmp_path, 1, lambda folder: (fill(1)(folder), (folder / "plain.txt").write_text("by other means")))
+
+    def by_other_means(folder):
+        (folder / "plain").mkdir()
+        (folder / "plain" / "notes.txt").write_text("by other means")
+
+    save(tmp_path, 1, by_other_means)
     assert named[-1] == "step-00000001"
+    assert os.name == "nt" or tmp_path.stat().st_ino in synced, "the new name itself is not safe"
+    write_json(tmp_path / "options.json", {})
+    assert named[-1] == "options.json"
     assert os.name == "nt" or tmp_path.stat().st_ino in synced, "the new name itself is not safe"
 
 
@@ -114,6 +122,24 @@ def test_resolve(tmp_path):
 
 
 # Killed
+
+def test_killed_while_replacing_a_step(tmp_path):
+    """The old folder, set aside, is the checkpoint until the new one is there, and not a moment longer."""
+    old = save(tmp_path, 5, fill(1)).rename(tmp_path / "step-00000005.old")
+    assert latest(tmp_path) == resolve(tmp_path) == old
+
+    def refuse(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(InputError):
+        save(tmp_path, 5, refuse)
+    assert number_in(latest(tmp_path)) == 1
+    shutil.copytree(old, tmp_path / "kept")
+    newer = save(tmp_path, 5, fill(2))
+    (tmp_path / "kept").rename(old)
+    assert latest(tmp_path) == newer
+    save(tmp_path, 6, fill(3))
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
 
 class Killed(BaseException):
     pass
@@ -145,13 +171,15 @@ def die_at(monkeypatch, moment):
 
 
 @pytest.mark.parametrize("steps", [(1, 2, 3), (1, 2, 2)])
-def test_killed_at_every_single_moment(tmp_path, steps):
+def test_killed_at_every_single_moment(tmp_path, monkeypatch, steps):
     """kill -9 before the n-th call that touches the disk, for every n: nothing is lost or half there."""
     first, second, third = steps
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process, not a lost power supply
+    save(tmp_path / "before", first, fill(1))
+    save(tmp_path / "before", second, fill(2))
     for moment in range(1, 200):
         out = tmp_path / str(moment)
-        save(out, first, fill(1))
-        save(out, second, fill(2))
+        shutil.copytree(tmp_path / "before", out)
         with pytest.MonkeyPatch.context() as patch:
             die_at(patch, moment)
             try:
@@ -175,7 +203,9 @@ def test_killed_at_every_single_moment(tmp_path, steps):
 
 
 CHILD = """
-import sys, itertools, numpy as np
+import sys, types, itertools, numpy as np
+sys.modules["tinyllm"] = types.ModuleType("tinyllm")  # without its __init__, which imports every model:
+sys.modules["tinyllm"].__path__ = [sys.argv[3]]       # this program starts twenty times
 from tinyllm.checkpoints import latest, save, write_arrays, write_json
 def write(folder):
     write_arrays(folder / "model.safetensors", {"w": np.full(5000, number)})
@@ -190,10 +220,9 @@ for number in itertools.count(int(sys.argv[2])):
 
 def test_kill_in_a_loop(tmp_path):
     moments, reached = random.Random(0), 0
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(20):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), str(reached + 1)],
-                                 env=environment, stdout=subprocess.PIPE, text=True)
+        arguments = [str(tmp_path), str(reached + 1), str(Path(checkpoints.__file__).parent)]
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
         promised = [child.stdout.readline()]
         try:
             child.wait(moments.uniform(0, 0.04))

@@ -226,7 +226,7 @@ def test_every_flip_in_the_header_is_noticed_or_changes_nothing(tmp_path):
     good = path.read_bytes()
     header, noticed = 8 + int.from_bytes(good[:8], "little"), 0
     for place in range(header):
-        for flip in [*(1 << bit for bit in range(8)), 0xFF]:
+        for flip in (1 << place % 8, 1 << (place + 3) % 8, 0xFF):
             path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1:])
             try:
                 weights = read_weights(tmp_path)
@@ -236,7 +236,7 @@ def test_every_flip_in_the_header_is_noticed_or_changes_nothing(tmp_path):
                 noticed += 1
             else:
                 assert all(np.array_equal(found[name], saved[name]) for name in saved), (place, flip)
-    assert noticed > 0.8 * 9 * header  # the rest is padding and free text
+    assert noticed > 0.8 * 3 * header  # the rest is padding and free text
 
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -28,11 +28,13 @@ from tinyllm.tokenizers import (
 
 END = "<|endoftext|>"
 # Few letters make long repetitions and ties; the rest are the places where the split pattern decides.
-TEXTS = st.text("aab's tl1é_!\n\r\x1c\x85\u2028世", max_size=60) | st.text(max_size=30)
+# No unassigned characters: what `regex` (training) calls a letter may be none to an older tiktoken (encoding).
+TEXTS = st.text("aab's tl1é_!\n\r\x1c\x85\u2028世", max_size=60) | st.text(
+    st.characters(exclude_categories=("Cs", "Cn")), max_size=30)
 
 
 def bpe_by_recounting(text: str, vocabulary_size: int):
-    """The definition: count all pairs anew for every merge. Returns the tokens' bytes and the words as they end."""
+    """The definition: count all pairs anew for every merge. Returns the tokens and the words as they end."""
     words = [list(word.encode()) for word in regex.findall(tokenizers.PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocabulary_size - 1:
@@ -86,7 +88,7 @@ def test_training_is_quick_and_shows_progress(corpus):
     assert len(trained.encode(corpus)) < len(corpus) / 2.5
 
 
-@given(TEXTS)
+@given(TEXTS | st.text())
 def test_text_survives(english, text):
     ids = english.encode(text)
     assert english.decode(ids) == text and english.decode_bytes(ids) == text.encode()
@@ -147,7 +149,7 @@ def test_ids_need_no_order_but_no_gap():
     for wrong, special, message in [
         (ranks, {}, "258 tokens must be 0 to 257"),
         (ranks, {"<s>": 1}, "259 tokens must be 0 to 258"),
-        ({token: i for token, i in ranks.items() if token != b"abc"} | {b"xyz": 258, b"q": 0}, {}, "258 tokens"),
+        (ranks | {b"abc": 257}, {"<s>": 0}, "259 tokens"),
         ({token: i - 1 for token, i in ranks.items()}, {"word": 258}, "'word'"),
         ({(token if token != b"q" else b"qq"): i for token, i in ranks.items()}, {"<s>": 0}, "byte 113"),
     ]:
@@ -185,13 +187,12 @@ def test_saving_and_loading_is_the_identity(tmp_path, text, size):
 def test_tiktoken_reads_our_files(english, tmp_path, monkeypatch):
     english.save(tmp_path)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        str(tmp_path / "merges.txt"), str(tmp_path / "vocab.json"), clobber_one_byte_tokens=True
-    )
-    assert ranks == english.ranks
+    read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
+    files = str(tmp_path / "merges.txt"), str(tmp_path / "vocab.json")
+    assert read(*files, clobber_one_byte_tokens=True) == english.ranks
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_transformers_reads_our_files(english, corpus, tmp_path, model_type):
     transformers = pytest.importorskip("transformers")
     english.save(tmp_path)
@@ -205,7 +206,7 @@ def test_transformers_reads_our_files(english, corpus, tmp_path, model_type):
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_reads_the_published_layout(tmp_path, newline):
-    """As OpenAI published it: the bytes in the order of their spelling, a merge that begins with #, no config."""
+    """As OpenAI published it: bytes in the order of their spelling, a merge that begins with #, no config."""
     names = [*map(chr, [*range(33, 127), *range(161, 173), *range(174, 256)]), *map(chr, range(256, 324))]
     names += ["Ġt", "he", "Ġthe", "##", "Ã©", "ĊĊ", END]
     vocabulary = json.dumps({name: i for i, name in enumerate(names)})
@@ -218,40 +219,44 @@ def test_reads_the_published_layout(tmp_path, newline):
     assert tokenizer.encode("t \u00ad") == [ord("t") - 33, 256 - 68 + 32, *tokenizer.encode("\u00ad")]
     tokenizer.save(tmp_path / "again")
     assert (tmp_path / "again" / "merges.txt").read_bytes() == merges.replace("\r", "").encode()
-    assert json.loads((tmp_path / "again" / "vocab.json").read_text(encoding="utf-8")) == json.loads(vocabulary)
+    assert json.loads((tmp_path / "again" / "vocab.json").read_bytes()) == json.loads(vocabulary)
 
 
-def drop_line(text: str) -> str:
-    return text.replace("\nĠ t\n", "\n")
-
-
-DAMAGE = {
-    "vocab.json: cut short": ("vocab.json", lambda s: s[:-9], "vocab.json"),
-    "vocab.json: a list": ("vocab.json", lambda s: "[1]", "vocab.json"),
-    "vocab.json: an id is text": ("vocab.json", lambda s: s.replace('"a": 97', '"a": "97"'), "vocab.json"),
-    "vocab.json: a byte is missing": ("vocab.json", lambda s: s.replace('"a": 97', '"<a>": 97'), "vocab.json.*byte 97"),
-    "vocab.json: a gap": ("vocab.json", lambda s: s.replace(f'{END}": 599', f'{END}": 600'), "vocab.json.*600 tokens"),
-    "merges.txt: a line is missing": ("merges.txt", drop_line, "merges.txt"),
-    "merges.txt: the end is missing": ("merges.txt", lambda s: s[: len(s) // 2], "merges.txt"),
-    "merges.txt: the last line is missing": ("merges.txt", lambda s: s[: s[:-1].rindex("\n")], "merges.txt.*no line"),
-    "merges.txt: one token a line": ("merges.txt", lambda s: s.replace("Ġ t\n", "Ġt\n"), "merges.txt.*no pair"),
-    "merges.txt: unknown letters": ("merges.txt", lambda s: s.replace("Ġ t\n", "世 t\n"), "merges.txt.*no pair"),
-    "merges.txt: twice the same": ("merges.txt", lambda s: s.replace("Ġ t\n", "Ġ t\nĠ t\n"), "merges.txt.*'Ġt'"),
-    "merges.txt: empty": ("merges.txt", lambda s: "", "merges.txt"),
+DAMAGE = {  # what is wrong: file, text there, text instead, message
+    "an id is text": ("vocab.json", '"a": 97', '"a": "97"', "vocab.json"),
+    "a byte is missing": ("vocab.json", '"a": 97', '"<a>": 97', "vocab.json.*byte 97"),
+    "a gap": ("vocab.json", f'{END}": 599', f'{END}": 600', "vocab.json.*600 tokens"),
+    "not JSON": ("vocab.json", "}", "", "vocab.json"),
+    "a line is missing": ("merges.txt", "\nĠ t\n", "\n", "merges.txt.*line"),
+    "one token a line": ("merges.txt", "Ġ t\n", "Ġt\n", "merges.txt.*line.*no pair"),
+    "unknown letters": ("merges.txt", "Ġ t\n", "世 t\n", "merges.txt.*line.*no pair"),
+    "twice the same": ("merges.txt", "Ġ t\n", "Ġ t\nĠ t\n", "merges.txt.*'Ġt'"),
+    "a merge that vocab.json lacks": ("merges.txt", "Ġ t\n", "Ġ t\nĠ \u0100\n", "merges.txt.*'Ġ\u0100'"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files(english, tmp_path, damage):
-    name, change, message = DAMAGE[damage]
+    name, there, instead, message = DAMAGE[damage]
     english.save(tmp_path)
     text = (tmp_path / name).read_text(encoding="utf-8")
-    text = json.dumps(json.loads(text), ensure_ascii=False) if name == "vocab.json" else text
-    assert change(text) != text
-    (tmp_path / name).write_bytes(change(text).encode())
+    assert there in text
+    (tmp_path / name).write_bytes(text.replace(there, instead).encode())
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_merges_cut_short_anywhere(english, tmp_path):
+    """Except that the last newline may go."""
+    english.save(tmp_path)
+    merges = (tmp_path / "merges.txt").read_bytes()
+    for end in [0, *random.Random(0).sample(range(len(merges) - 1), 30), len(merges) - 2]:
+        (tmp_path / "merges.txt").write_bytes(merges[:end])
+        with pytest.raises(InputError, match="merges.txt is damaged"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(merges[:-1])
+    assert load_tokenizer(tmp_path).ranks == english.ranks
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
@@ -267,7 +272,7 @@ def test_missing_or_unreadable_file(english, tmp_path, name):
 
 def test_folder_without_a_tokenizer(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="no tokenizer in .* needs vocab.json and merges.txt, or characters.json"):
+        with pytest.raises(InputError, match="no tokenizer in .*vocab.json and merges.txt, or characters"):
             load_tokenizer(folder)
 
 
@@ -282,7 +287,8 @@ def test_unwritable_place(english, tmp_path):
 
 def test_gpt2_from_tiktoken(monkeypatch):
     ranks = {bytes([255 - b]): b for b in range(256)} | {b"ab": 256}
-    published = tiktoken.Encoding("x", pat_str=tokenizers.PATTERN, mergeable_ranks=ranks, special_tokens={END: 257})
+    published = tiktoken.Encoding("x", pat_str=tokenizers.PATTERN, mergeable_ranks=ranks,
+                                  special_tokens={END: 257})
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": published}.get)
     tokenizer = gpt2_tokenizer()
     assert (tokenizer.ranks, tokenizer.special_tokens) == (ranks, {END: 257})
@@ -326,7 +332,7 @@ def test_characters_are_sorted_saved_and_checked(tmp_path):
         tokenizer.encode("hex")
     with pytest.raises(InputError, match="token id 7 is outside the vocabulary of 7"):
         tokenizer.decode([7])
-    for damaged in ('{"characters": "ba"}', '{"characters": ["a"]}', '{"characters": "aa"}', "{}", "[", '"ab"'):
+    for damaged in ('{"characters": "ba"}', '{"characters": ["a"]}', '{"characters": "aa"}', "{}", "["):
         (tmp_path / "characters.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(InputError, match="characters.json"):
             load_tokenizer(tmp_path)

@@ -1,0 +1,162 @@
+"""Every fused operation: equal to its composition from primitives, in value and in both derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autograd import Tensor, functional, gradcheck, no_grad
+from autograd.fused import FUSED as OPERATIONS
+from autograd.tensor import RowsGradient
+
+from .checks import (
+    TOLERANCE, check_float32, check_gradients, check_values, check_views, gradients, run, upstream_of,
+)  # fmt: skip
+from .op_table import FUSED
+
+every = pytest.mark.parametrize("name", sorted(FUSED))
+PUBLIC_NAMES = {"embedding_lookup": "embedding"}
+
+
+def test_every_fused_operation_has_a_row():
+    assert sorted(FUSED) == sorted(OPERATIONS)
+
+
+@every
+def test_public_name(name):
+    assert PUBLIC_NAMES.get(name, name) in functional.__all__
+
+
+@every
+@given(data=st.data())
+def test_value(name, data):
+    row = FUSED[name]
+    check_values(row, OPERATIONS[name].fused, row.numpy, data.draw(row.cases))
+
+
+@every
+@given(data=st.data())
+def test_equals_composition(name, data):
+    row, operation = FUSED[name], OPERATIONS[name]
+    case = data.draw(row.cases)
+    fused, composed = case.tensors(), case.tensors()
+    (found,), (expected,) = run(row, operation.fused, fused, case, np), run(row, operation.composed, composed, case, np)
+    np.testing.assert_allclose(found.data, expected.data, rtol=1e-12, atol=1e-13)
+    upstream = upstream_of([found])
+    for g, h in zip(gradients([found], fused, upstream, np), gradients([expected], composed, upstream, np)):
+        np.testing.assert_allclose(g, h, rtol=1e-10, atol=1e-11)
+    with no_grad():
+        (unrecorded,) = run(row, operation.fused, fused, case, np)
+    assert np.array_equal(unrecorded.data, found.data) and not unrecorded.requires_grad
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=15)
+def test_gradient(name, data):
+    row = FUSED[name]
+    check_gradients(row, OPERATIONS[name].fused, data.draw(row.cases))
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=8)
+def test_second_order(name, data):
+    row = FUSED[name]
+    check_gradients(row, OPERATIONS[name].fused, data.draw(row.cases), order=2)
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=5)
+def test_inputs_that_depend_on_each_other(name, data):
+    """A path from one input to another must not count twice when the composition is differentiated."""
+    row = FUSED[name]
+    case = data.draw(row.cases)
+
+    def function(*tensors):
+        first = tensors[0] * 1.0
+        linked = [first, *(t + 0.1 * first.sum() for t in tensors[1:])]
+        return run(row, OPERATIONS[name].fused, linked, case, np)
+
+    gradcheck(function, case.tensors(), order=2, projections=2, **TOLERANCE)
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=15)
+def test_float32(name, data):
+    row = FUSED[name]
+    check_float32(row, OPERATIONS[name].fused, data.draw(row.cases))
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=15)
+def test_views(name, data):
+    row = FUSED[name]
+    check_views(row, OPERATIONS[name].fused, data.draw(row.cases))
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=10)
+def test_gradients_are_arrays_of_their_own(name, data):
+    """The walk adds to them in place: no two may share memory, nor any with what others hold."""
+    row = FUSED[name]
+    case = data.draw(row.cases)
+    tensors = case.tensors()
+    (y,) = run(row, OPERATIONS[name].fused, tensors, case, np)
+    (g,) = upstream_of([y])
+    before = g.copy()
+    found = [
+        array.added_to(None) if isinstance(array, RowsGradient) else Tensor(array).data
+        for array in y.node.gradients(g, [True] * len(tensors))
+    ]
+    held = [g, y.data, *(t.data for t in tensors)]
+    for i, array in enumerate(found):
+        assert array.shape == tensors[i].shape and array.flags.writeable
+        assert not any(np.shares_memory(array, other) for other in [*held, *found[:i]])
+    assert np.array_equal(g, before)
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=10)
+def test_only_needed_gradients(name, data):
+    """A constant among the inputs gets no gradient, the others get the same as before."""
+    row = FUSED[name]
+    case = data.draw(row.cases)
+    tensors = case.tensors()
+    needed = data.draw(st.lists(st.booleans(), min_size=len(tensors), max_size=len(tensors)))
+    (y,) = run(row, OPERATIONS[name].fused, tensors, case, np)
+    upstream = upstream_of([y])
+    expected = gradients([y], tensors, upstream, np)
+    some = [Tensor(t.data, requires_grad=need) for t, need in zip(tensors, needed)]
+    (y,) = run(row, OPERATIONS[name].fused, some, case, np)
+    assert y.requires_grad == any(needed)
+    if not y.requires_grad:
+        return
+    assert [edge is not None for edge in y.node.edges] == needed
+    found = y.node.gradients(upstream[0], needed)
+    assert [g is not None for g in found] == needed
+    (y,) = run(row, OPERATIONS[name].fused, some, case, np)
+    for g, h, need in zip(gradients([y], some, upstream, np), expected, needed):
+        np.testing.assert_allclose(g, h if need else 0 * h, rtol=1e-12, atol=1e-13)
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=3)
+def test_use_fused_switches_to_the_composition(name, data):
+    row, public = FUSED[name], getattr(functional, PUBLIC_NAMES.get(name, name))
+    case = data.draw(row.cases)
+    functional.use_fused(False)
+    try:
+        (composed,) = run(row, public, case.tensors(), case, np)
+    finally:
+        functional.use_fused(True)
+    (fused,) = run(row, public, case.tensors(), case, np)
+    assert composed.node.composition is None and fused.node.composition is not None

@@ -1,0 +1,291 @@
+"""Reading, cutting, storing and sampling text: nothing lost, nothing twice, every refusal clear."""
+
+import gzip
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyllm import datasets, tokenizers
+from tinyllm.datasets import (
+    Sampler,
+    bytes_per_token,
+    default_corpus,
+    evaluation_batches,
+    open_tokens,
+    read_text,
+    split,
+    stream_text,
+    write_tokens,
+)
+from tinyllm.errors import InputError
+from tinyllm.tokenizers import BytePairTokenizer, CharacterTokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return default_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return train_bpe(corpus[:20_000], 400)
+
+
+# Text
+
+
+def test_default_corpus_is_english_without_ruled_lines(corpus):
+    assert 400_000 < len(corpus) < 600_000
+    assert corpus.index('The "assert" statement\n\nAssert') < corpus.index("Yield expressions")
+    assert not any(line and set(line) <= set("-=*~^+|") and len(line) > 2 for line in corpus.split("\n"))
+    letters = sum(c.isalpha() or c == " " for c in corpus)
+    assert letters > 0.85 * len(corpus) and corpus == default_corpus()
+
+
+def test_a_python_without_the_default_corpus(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(InputError, match="pydoc_data.*--data"):
+        default_corpus()
+
+
+@given(st.text(), st.integers(1, 9))
+def test_reads_what_was_written_whatever_the_chunks(tmp_path, text, chunk):
+    text = "x" + text
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "CHUNK", chunk)
+        assert read_text(tmp_path / "a.txt") == read_text(str(tmp_path / "a.gz")) == text
+        assert "".join(stream_text(tmp_path / "a.txt")) == text
+
+
+def test_a_mark_of_utf8_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa\ufeff".encode())
+    assert read_text(tmp_path / "a.txt") == "a\ufeff"
+
+
+def test_folder_in_order_without_binaries_and_hidden_files(tmp_path):
+    for name, data in {
+        "b.txt": b"B\n", "a/z.md": b"AZ", "a/b/c.rst": b"ABC", "a.txt": b"A", "c.gz": gzip.compress(b"C"),
+        "picture.png": b"\x89PNG\0\0", "data.npy.gz": gzip.compress(b"\x93NUMPY\0"), ".git/x": b"\xff",
+        ".hidden": b"no", "empty.txt": b"",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert read_text(tmp_path) == "ABC\n\nAZ\n\nA\n\nB\n\n\nC\n\n\n\n"
+
+
+@given(st.text("a€世", max_size=20),
+       st.sampled_from([b"\xff", b"\xe2\x82", b"\x80", b"\xc3(", b"\xed\xa0\x80"]),
+       st.sampled_from(["", "z", "世界"]), st.integers(1, 7))
+def test_the_byte_that_is_not_utf8_is_named(tmp_path, before, wrong, after, chunk):
+    data = before.encode() + wrong + after.encode()
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "CHUNK", chunk)
+        found = rf"byte {len(before.encode())}, 0x{wrong[0]:02x},"
+        with pytest.raises(InputError, match=f"a.txt is not UTF-8: {found}.*UTF-8 or leave"):
+            read_text(tmp_path / "a.txt")
+
+
+def test_missing_empty_and_broken_files(tmp_path):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    (tmp_path / "folder" / "binary").write_bytes(b"\0")
+    for name, message in [("absent", "does not exist"), ("empty.txt", "no text"), ("empty.gz", "no text"),
+                          ("folder", "no text")]:
+        with pytest.raises(InputError, match=f"{name} .*{message}.*; give"):
+            read_text(tmp_path / name)
+    whole = bytearray(gzip.compress(bytes(range(128)) * 50))
+    flipped = whole[:20] + bytes([whole[20] ^ 255]) + whole[21:]
+    for damaged in (b"plain text", whole[:-4], whole[:40], flipped):
+        (tmp_path / "a.gz").write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot read .*a.gz"):
+            read_text(tmp_path / "a.gz")
+
+
+@given(st.text("ab\n", min_size=1, max_size=300), st.floats(0, 0.99))
+def test_split_keeps_every_character_in_order(text, fraction):
+    train, validation = split(text, fraction)
+    assert train + validation == text
+    exact = len(text) - math.floor(len(text) * fraction)
+    if exact == len(text):
+        assert validation == ""
+    else:
+        assert len(train) <= exact and (train.endswith("\n") or "\n" not in text[:exact])
+        assert "\n" not in text[len(train) : exact]
+
+
+def test_split_by_position_near_the_line():
+    train, validation = split("a line of text\n" * 1000)
+    assert len(train) % 15 == 0 and 1500 <= len(validation) < 1515
+    assert split("\n" + "x" * 9999)[1] == "x" * 1000  # no line ends near the place
+    for fraction in (-0.1, 1, 2, float("nan")):
+        with pytest.raises(InputError, match=r"fraction of .* is not in \[0, 1\)"):
+            split("text", fraction)
+
+
+# Token files
+
+
+@given(st.text("ab '\n\t!\x1cé", max_size=200).map(lambda s: "x" + s), st.integers(1, 50))
+def test_tokens_written_from_parts_are_those_of_the_whole(tmp_path, tokenizer, text, part):
+    path = tmp_path / "new" / "tokens.npy"
+    whole = tokenizer.encode(text)
+    for given_text in (text, (text[i : i + part] for i in range(0, len(text), part))):
+        assert write_tokens(tokenizer, given_text, path) == len(whole)
+        assert open_tokens(path).tolist() == np.load(path).tolist() == whole
+    assert [p.name for p in path.parent.iterdir()] == ["tokens.npy"]
+
+
+def test_tokens_of_a_long_text(tmp_path, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(tokenizers, "PIECE", 10**9)
+    whole = tokenizer.encode(corpus)
+    monkeypatch.setattr(tokenizers, "PIECE", 10_000)
+    monkeypatch.setattr(datasets, "CHUNK", 3_333)
+    file, path = tmp_path / "corpus.txt", tmp_path / "tokens.npy"
+    file.write_bytes(corpus.encode())
+    assert write_tokens(tokenizer, stream_text(file), path) == len(whole)
+    tokens = open_tokens(path)
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.shape == (len(whole),)
+    assert tokens.tolist() == whole
+
+
+@pytest.mark.parametrize("size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_the_largest_id_fits(tmp_path, size, dtype):
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b"\x00" + i.to_bytes(3, "big"): i for i in range(256, size)}
+    ranks[b"ab"] = ranks.pop(b"\x00" + (size - 1).to_bytes(3, "big"))
+    assert write_tokens(BytePairTokenizer(ranks), "ab", tmp_path / "t.npy") == 1
+    tokens = open_tokens(tmp_path / "t.npy")
+    assert tokens.dtype == dtype and tokens.tolist() == [size - 1]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    tokenizer = CharacterTokenizer("ab")
+    write_tokens(tokenizer, "abab", tmp_path / "t.npy")
+    for text, message in [("", "no tokens for .*t.npy"), ([], "no tokens"), (["ab", "x"], "character 'x'")]:
+        with pytest.raises(InputError, match=message):
+            write_tokens(tokenizer, text, tmp_path / "t.npy")
+    assert open_tokens(tmp_path / "t.npy").tolist() == [0, 1, 0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npy"]
+
+
+def test_token_files_that_are_none(tmp_path):
+    path = tmp_path / "t.npy"
+    write_tokens(CharacterTokenizer("ab"), "ab" * 50, path)
+    whole = path.read_bytes()
+    np.save(tmp_path / "floats.npy", np.ones(3))
+    np.save(tmp_path / "table.npy", np.ones((3, 3), np.uint16))
+    np.savez(tmp_path / "many.npz", a=np.ones(3, np.uint16))
+    (tmp_path / "object.npy").write_bytes(whole.replace(b"'<u2'", b"'|O' "))
+    for damaged in (whole[:-2], whole[:50], b"", b"text" * 40):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="t.npy.*write them again"):
+            open_tokens(path)
+    for name in ("floats.npy", "table.npy", "many.npz", "object.npy", "absent.npy"):
+        with pytest.raises(InputError, match=f"{name}.*write them again"):
+            open_tokens(tmp_path / name)
+
+
+# Batches
+
+
+@given(st.integers(2, 200), st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
+def test_every_epoch_shows_a_grid_of_windows_once(n, context, batch, seed):
+    n = max(n, context + 1)
+    tokens = np.random.default_rng(seed).permutation(n).astype(np.uint16)  # distinct: a token tells its place
+    place = np.argsort(tokens)
+    sampler = Sampler(tokens, batch, context, seed)
+    inputs, targets = map(np.concatenate, zip(*(sampler.next() for _ in range(3 * sampler.windows))))
+    assert inputs.shape == (3 * sampler.windows * batch, context) == targets.shape
+    assert inputs.dtype == targets.dtype == np.int64
+    assert (place[inputs] == place[inputs[:, :1]] + np.arange(context)).all()
+    assert (place[targets] == place[inputs] + 1).all()
+    starts = place[inputs[:, 0]]
+    for epoch in range(0, len(starts), sampler.windows):
+        grid = np.sort(starts[epoch : epoch + sampler.windows])
+        assert (np.diff(grid) == context).all()
+    assert sampler.windows * context > n - 2 * context or sampler.windows == 1
+    assert sampler.position == 3 * sampler.windows
+
+
+def test_every_token_is_seen_in_the_course_of_time():
+    sampler = Sampler(np.arange(50), batch=5, context=7)
+    pairs = [sampler.next() for _ in range(200)]
+    assert {int(t) for inputs, _ in pairs for t in inputs.flat} == set(range(49))
+    assert {int(t) for _, targets in pairs for t in targets.flat} == set(range(1, 50))
+    orders = {tuple(inputs[:, 0]) for inputs, _ in pairs}
+    assert len(orders) > 150  # shuffled anew, from another start
+
+
+def test_position_is_all_the_state():
+    tokens = np.arange(1000, dtype=np.uint16)
+    sampler = Sampler(tokens, 6, 10, seed=3)
+    batches = [sampler.next() for _ in range(60)]  # several epochs
+    for position in (59, 0, 17, 16, 33):
+        again = Sampler(tokens, 6, 10, seed=3)
+        again.position = sampler.position = position
+        for one in (again, sampler):
+            np.testing.assert_array_equal(one.next(), batches[position])
+            assert json.loads(json.dumps(one.position)) == position + 1
+    other = Sampler(tokens, 6, 10, seed=4)
+    assert not np.array_equal(other.next()[0], batches[0][0])
+
+
+def test_samples_from_a_file_and_makes_one_permutation_an_epoch(tmp_path, monkeypatch):
+    text = "abcdefgh" * 400
+    write_tokens(CharacterTokenizer(text), text, tmp_path / "t.npy")
+    tokens = open_tokens(tmp_path / "t.npy")
+    made, fresh = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or fresh(seed))
+    sampler = Sampler(tokens, 8, 16)
+    for _ in range(50):  # 400 windows of the 199 in an epoch
+        inputs, targets = sampler.next()
+        assert type(inputs) is np.ndarray and inputs.flags.c_contiguous and targets.flags.c_contiguous
+        assert ((inputs + 1) % 8 == targets).all()
+    assert sampler.windows == 199 and made == [[0, 0], [0, 1], [0, 2]]
+
+
+def test_a_corpus_shorter_than_one_context():
+    with pytest.raises(InputError, match="corpus of 64 tokens .* context of 64, which needs 65; give"):
+        Sampler(np.arange(64), 2, 64)
+    inputs, targets = Sampler(np.arange(65), 2, 64).next()
+    assert (inputs == np.arange(64)).all() and (targets == np.arange(1, 65)).all()
+    with pytest.raises(InputError, match="0 tokens"):
+        Sampler(np.arange(0), 2, 1)
+
+
+@given(st.integers(2, 100), st.integers(1, 5), st.integers(1, 9))
+def test_evaluation_predicts_every_token_once(n, batch, context):
+    tokens = np.arange(1, n + 1, dtype=np.uint16)
+    batches = list(evaluation_batches(tokens, batch, context))
+    assert all(inputs.shape == targets.shape and inputs.shape[1] == context for inputs, targets in batches)
+    assert all(len(inputs) == batch for inputs, _ in batches[:-1]) and 1 <= len(batches[-1][0]) <= batch
+    inputs, targets = (np.concatenate(side).ravel() for side in zip(*batches))
+    assert inputs.dtype == targets.dtype == np.int64
+    assert targets[: n - 1].tolist() == list(range(2, n + 1)) and (targets[n - 1 :] == -100).all()
+    assert inputs[: n - 1].tolist() == list(range(1, n)) and (inputs[n - 1 :] == 0).all()
+    assert len(targets) - (n - 1) < context
+
+
+def test_evaluation_of_less_than_two_tokens():
+    for n in (0, 1):
+        with pytest.raises(InputError, match=f"{n} tokens have nothing to predict"):
+            evaluation_batches(np.arange(n), 2, 4)
+
+
+def test_bytes_per_token(tokenizer, corpus):
+    text = corpus[:5000] + "€世"
+    tokens = np.array(tokenizer.encode(text), np.uint16)
+    assert bytes_per_token(tokenizer, tokens) * len(tokens) == pytest.approx(len(text.encode()))
+    characters = CharacterTokenizer("a€")
+    assert bytes_per_token(characters, np.array([0, 1, 1, 0], np.uint32)) == 2
+    with pytest.raises(InputError, match="token id 2 is outside"):
+        bytes_per_token(characters, np.array([0, 2]))

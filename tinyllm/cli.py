@@ -1,0 +1,57 @@
+"""What the example scripts share: one look, and errors that are one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from autograd.backend import DeviceError
+from tinyllm.errors import InputError
+from tinyllm.training import Diverged, Interrupted
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script. Unusable input ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except (InputError, DeviceError) as error:
+        sys.exit(_fail(str(error), 2))
+    except Diverged as error:
+        sys.exit(_fail(str(error), 1))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"\nstopped{': ' if str(stop) else ''}{stop}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows the script's own docstring as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def path(text: str) -> Path:
+    """A path given on the command line, ~ understood."""
+    return Path(text).expanduser()
+
+
+def number(kind: type = int, least: float = 1) -> Callable[[str], float]:
+    """An argparse type: a number of `least` or more."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= least or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {least} or more")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse

@@ -1,0 +1,290 @@
+"""The training loop, and a run that survives whatever stops it.
+
+Everything that a step depends on is a function of the options and the step's number (the batch, the learning
+rate, the random numbers of dropout) or is in the checkpoint (weights, optimizer). So a resumed run goes on
+exactly as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from autograd import optim
+from tinyllm import checkpoints
+from tinyllm.datasets import Sampler, bytes_per_token, evaluation_batches
+from tinyllm.errors import InputError
+from tinyllm.files import write_files
+from tinyllm.generation import stream
+from tinyllm.parallel import DataParallel
+from tinyllm.tokenizers import Tokenizer
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient became infinite or not a number; nothing was saved after that."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run was saved and can be resumed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: all numbers that the result depends on, apart from the model and the data."""
+
+    steps: int = 1400
+    batch: int = 16  # sequences in one forward and backward pass
+    context: int = 128  # tokens in a sequence
+    accumulate: int = 1  # passes before a step
+    lr: float = 2e-3  # the peak; it ends at a tenth of it
+    warmup: int = 100  # steps
+    weight_decay: float = 0.1  # of matrices
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # the largest norm of a step's gradient
+    seed: int = 0
+    shards: int = 1  # threads that a batch is cut onto
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "context", "accumulate", "shards"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be 1 or more")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"the learning rate is {self.lr}, but must be a number above 0")
+        if self.seed < 0:
+            raise InputError(f"the seed is {self.seed}, but must be 0 or more")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the loss of each step, and (step, nats a token) on the validation split."""
+
+    losses: list[float]
+    validation: list[tuple[int, float]]
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+class Trainer:
+    """Trains a causal model on a row of tokens and keeps the run in the folder `out`.
+
+    train, validation: tokens (N,). options: what else the run's user chose; a resumed run must be the same.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        train: np.ndarray,
+        validation: np.ndarray,
+        recipe: Recipe,
+        out: str | Path,
+        options: dict[str, Any] | None = None,
+        save_every: int = 200,
+    ) -> None:
+        self.model, self.tokenizer, self.recipe, self.out = model, tokenizer, recipe, Path(out)
+        self.options = {**(options or {}), "recipe": {**asdict(recipe), "betas": list(recipe.betas)}}
+        self.save_every = save_every
+        self.sampler = Sampler(train, recipe.batch, recipe.context, recipe.seed)
+        self.validation = validation
+        self.bytes_per_token = bytes_per_token(tokenizer, validation)
+        self.optimizer = optim.AdamW(
+            optim.decay_groups(model, recipe.weight_decay), recipe.lr, recipe.betas, eps=1e-8
+        )
+        self.progress = Progress([], [])
+        self.parallel = DataParallel(model, recipe.shards)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Nats a token as bits a byte of text, which compares models with different vocabularies."""
+        return loss / (math.log(2) * self.bytes_per_token)
+
+    def run(self, say: Callable[[str], None] = tqdm.write, sample_tokens: int = 48) -> None:
+        """Train to the last step; evaluate, show a sample and save on the way.
+
+        Raises:
+            Diverged: a loss or gradient that is not finite, before it touches the weights.
+            Interrupted: Ctrl-C, after saving.
+            InputError: the disk refused a checkpoint; the one before it is intact.
+        """
+        recipe = self.recipe
+        evaluate_every = max(1, math.ceil(recipe.steps / 8))
+        tokens_a_step = recipe.batch * recipe.context * recipe.accumulate
+        with self.parallel, _interrupts() as interrupted:
+            if not self.progress.validation:
+                self._evaluate(say)
+            bar = tqdm(
+                total=recipe.steps * tokens_a_step,
+                initial=self.progress.step * tokens_a_step,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+            with bar:
+                saved = self.progress.step
+                while self.progress.step < recipe.steps:
+                    loss = self._step()
+                    step = self.progress.step
+                    bar.set_description(f"step {step}/{recipe.steps} loss {loss:.3f}", refresh=False)
+                    bar.update(tokens_a_step)
+                    if step % evaluate_every == 0 or step == recipe.steps:
+                        self._evaluate(say)
+                        say(self._sample(sample_tokens))
+                    if step % self.save_every == 0 or step == recipe.steps or interrupted():
+                        self.save()
+                        saved = step
+                    if interrupted() and step < recipe.steps:
+                        raise Interrupted
+                if saved < self.progress.step or checkpoints.latest(self.out) is None:
+                    self.save()
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step counted from 0."""
+        r = self.recipe
+        return optim.warmup_cosine(step, r.lr, min(r.warmup, r.steps), r.steps, floor=0.1 * r.lr)
+
+    def _step(self) -> float:
+        """One step of the optimizer; returns the mean loss before it."""
+        recipe, step = self.recipe, self.progress.step
+        self.optimizer.lr = self.learning_rate(step)
+        self.optimizer.zero_grad()
+        self.model.train()
+        self.sampler.position = step * recipe.accumulate
+        losses = []
+        for part in range(recipe.accumulate):
+            inputs, targets = self.sampler.next()
+            seed = (recipe.seed, step, part)
+            losses.append(self.parallel.gradients(inputs, targets, seed, recipe.accumulate))
+        loss = float(np.mean(losses))
+        norm = optim.clip_grad_norm(self.parallel.parameters, recipe.clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            last = checkpoints.latest(self.out)
+            raise Diverged(
+                f"the training diverged at step {step + 1}: loss {loss}, gradient norm {norm}, learning rate "
+                f"{self.optimizer.lr:.3g}; nothing was saved, the last good checkpoint is {last or 'none'}: "
+                "start again with a smaller --lr"
+            )
+        self.optimizer.step()
+        self.progress.losses.append(loss)
+        return loss
+
+    def _evaluate(self, say: Callable[[str], None]) -> None:
+        """Measure the loss on the validation split."""
+        started, total, count = time.perf_counter(), 0.0, 0
+        self.model.eval()
+        for inputs, targets in evaluation_batches(self.validation, self.recipe.batch, self.recipe.context):
+            nats, n = self.parallel.loss(inputs, targets)
+            total, count = total + nats, count + n
+        loss, step = total / count, self.progress.step
+        self.progress.validation.append((step, loss))
+        recent = self.progress.losses[-50:]
+        trained = f"training loss {np.mean(recent):.3f}   " if recent else ""
+        say(
+            f"step {step:5d}   {trained}validation loss {loss:.3f} nats/token = "
+            f"{self.bits_per_byte(loss):.3f} bits/byte   ({time.perf_counter() - started:.1f} s)"
+        )
+
+    def _sample(self, tokens: int) -> str:
+        """What the model writes now, after a prompt from the validation split."""
+        prompt = np.asarray(self.validation[: min(8, self.recipe.context // 2)]).astype(np.int64)
+        new = stream(self.model, prompt[None], tokens, temperature=0.8, top_k=50, seed=0)
+        text = self.tokenizer.decode([int(token[0]) for token in new])
+        return f"   {self.tokenizer.decode(prompt)!r} -> {text!r}"
+
+    def save(self) -> Path:
+        """Write a checkpoint, complete in itself, and the picture of the loss."""
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save(folder)
+            state = {**self.optimizer.state_dict(), "losses": np.array(self.progress.losses, np.float64)}
+            checkpoints.write_arrays(folder / "optimizer.safetensors", state)
+            checkpoints.write_json(
+                folder / "training.json",
+                {
+                    "step": self.progress.step,
+                    "sampler_position": self.progress.step * self.recipe.accumulate,
+                    "validation": self.progress.validation,
+                    "bytes_per_token": self.bytes_per_token,
+                    "options": self.options,
+                },
+            )
+
+        folder = checkpoints.save(self.out, self.progress.step, write)
+        write_files(self.out, {"loss.png": lambda path: draw_losses(self, path)})
+        return folder
+
+    def resume(self, folder: Path) -> None:
+        """Take up the optimizer and the progress of a checkpoint whose weights the model has already.
+
+        Raises:
+            InputError: a damaged checkpoint, or one of another run.
+        """
+        state = checkpoints.read_arrays(folder / "optimizer.safetensors")
+        training = checkpoints.read_json(folder / "training.json")
+        try:
+            losses = state.pop("losses").tolist()
+            self.optimizer.load_state_dict(state)
+            self.progress = Progress(losses, [(int(s), float(x)) for s, x in training["validation"]])
+            if training["step"] != len(losses):
+                raise ValueError(f"step {training['step']} with {len(losses)} losses")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder} does not hold the state of this run: {error}") from None
+
+
+def draw_losses(trainer: Trainer, path: Path) -> None:
+    """The loss curve: every step faintly, its running mean, the validation loss, and bits per byte."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    losses = np.array(trainer.progress.losses)
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+    width = max(1, len(losses) // 50)
+    mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], mean, color="tab:blue", label="training")
+    at, validation = np.array(trainer.progress.validation).reshape(-1, 2).T
+    axes.plot(at, validation, "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="step", ylabel="nats a token", title=f"{trainer.out.name}: cross-entropy loss")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    scale = trainer.bits_per_byte(1.0)
+    right = axes.secondary_yaxis("right", functions=(lambda x: x * scale, lambda x: x / scale))
+    right.set_ylabel("bits a byte")
+    figure.savefig(path, format="png", dpi=130)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until the step is done; a second one stops at once."""
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not in the main thread, where Ctrl-C does not arrive anyway
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
