@@ -54,7 +54,7 @@ def main() -> None:
     if not ids:
         raise InputError("the prompt is empty: give it some text to continue")
     decoder = StreamDecoder(tokenizer)
-    print(args.prompt, end="", flush=True)
+    text = args.prompt  # goes out with the first token, when `stream` has found nothing wrong with it
     started, count = time.perf_counter(), 0
     tokens = stream(
         model,
@@ -70,10 +70,11 @@ def main() -> None:
         if token == tokenizer.end_of_text:
             break
         # A published model may have more rows than its tokenizer has tokens: they stand for nothing.
-        print(decoder.push(int(token)) if token < tokenizer.vocabulary_size else "", end="", flush=True)
-        count += 1
+        text += decoder.push(int(token)) if token < tokenizer.vocabulary_size else ""
+        print(text, end="", flush=True)
+        text, count = "", count + 1
     seconds = time.perf_counter() - started
-    print(decoder.finish())
+    print(text + decoder.finish())
     print(f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second)", file=sys.stderr)
 
 

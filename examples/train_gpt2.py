@@ -27,7 +27,6 @@ import autograd.functional as F
 import tinyllm
 from autograd.backend import device_module
 from tinyllm import checkpoints, cli, corpus
-from tinyllm.datasets import open_tokens
 from tinyllm.errors import InputError
 from tinyllm.models import GPT2, GPT2Config
 from tinyllm.tokenizers import Tokenizer, check_fit, gpt2_tokenizer, load_tokenizer
@@ -103,15 +102,20 @@ def main() -> None:
         trainer.run()
     except Interrupted:
         raise Interrupted(
-            f"saved at step {trainer.progress.step}; go on with {again(args)} --resume"
+            f"saved at step {trainer.progress.step}; go on with {again(args)}"
         ) from None
     print(f"\nthe model is in {checkpoints.latest(args.out)}, its loss curve in {args.out / 'loss.png'}")
     print(f'write with it:  python examples/generate.py {args.out} "The class statement"')
 
 
 def again(args: argparse.Namespace) -> str:
-    """The command that continues this run."""
-    return "python examples/train_gpt2.py" + (f" --out {args.out}" if args.out != Path("runs/gpt2") else "")
+    """The command that continues this run, with the options that a run does not remember."""
+    words = ["python examples/train_gpt2.py"]
+    words += [f"--out {args.out}"] if args.out != Path("runs/gpt2") else []
+    words += [f"--device {args.device}"] if args.device != "cpu" else []
+    words += [f"--save-every {args.save_every}"] if args.save_every != 200 else []
+    words += ["--no-fused"] if args.no_fused else []
+    return " ".join([*words, "--resume"])
 
 
 def started(args: argparse.Namespace) -> Trainer:
@@ -160,12 +164,7 @@ def resumed(args: argparse.Namespace, folder: Path) -> Trainer:
     model, tokenizer = tinyllm.from_pretrained(folder, dtype), load_tokenizer(folder)
     check_fit(model, tokenizer)
     data = Path(options["data"]) if "data" in options else None
-    path = args.out / corpus.TOKENS
-    tokens = open_tokens(path) if path.exists() else corpus.tokenize(data, tokenizer, args.out)
-    if corpus.fingerprint(tokens) != options.get("corpus"):
-        raise InputError(
-            f"the corpus is not the one that the run in {args.out} began with: give it back, or start anew"
-        )
+    tokens = corpus.restore(data, tokenizer, args.out, options.get("corpus"))
     del options["recipe"]
     run = trainer(args, model, tokenizer, tokens, recipe, options)
     run.resume(folder)

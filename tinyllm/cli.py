@@ -15,6 +15,8 @@ from tinyllm.training import Diverged, Interrupted
 
 def run(main: Callable[[], None]) -> None:
     """Run a script. Unusable input ends it with one line and exit code 2, Ctrl-C with 130."""
+    # A log file shows each line at once, and a character that it cannot spell ends no run.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except (InputError, DeviceError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,25 @@ def tokenize(data: Path | None, tokenizer: Tokenizer, out: Path) -> np.ndarray:
     """The corpus as tokens (N,), in a file in the folder `out` that is mapped into memory."""
     write_tokens(tokenizer, text_parts(data), out / TOKENS)
     return open_tokens(out / TOKENS)
+
+
+def restore(data: Path | None, tokenizer: Tokenizer, out: Path, expected: str) -> np.ndarray:
+    """The tokens of an earlier run, from its file or, where that is lost or damaged, from the corpus again.
+
+    Raises:
+        InputError: the corpus is missing, or its fingerprint is not the one expected.
+    """
+    with suppress(InputError):
+        tokens = open_tokens(out / TOKENS)
+        if fingerprint(tokens) == expected:
+            return tokens
+        del tokens  # Windows replaces no file that is mapped into memory
+    tokens = tokenize(data, tokenizer, out)
+    if fingerprint(tokens) != expected:
+        raise InputError(
+            f"the corpus is not the one that the run in {out} began with: give it back, or start anew"
+        )
+    return tokens
 
 
 def fingerprint(tokens: np.ndarray) -> str:

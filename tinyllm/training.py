@@ -112,7 +112,7 @@ class Trainer:
         """Train to the last step; evaluate, show a sample and save on the way.
 
         Raises:
-            Diverged: a loss or gradient that is not finite, before it touches the weights.
+            Diverged: a loss or gradient that is not finite, before it touches the weights or a checkpoint.
             Interrupted: Ctrl-C, after saving.
             InputError: the disk refused a checkpoint; the one before it is intact.
         """
@@ -131,7 +131,6 @@ class Trainer:
                 smoothing=0.1,
             )
             with bar:
-                saved = self.progress.step
                 while self.progress.step < recipe.steps:
                     loss = self._step()
                     step = self.progress.step
@@ -141,12 +140,10 @@ class Trainer:
                         self._evaluate(say)
                         say(self._sample(sample_tokens))
                     if step % self.save_every == 0 or step == recipe.steps or interrupted():
+                        self._check_weights()
                         self.save()
-                        saved = step
                     if interrupted() and step < recipe.steps:
                         raise Interrupted
-                if saved < self.progress.step or checkpoints.latest(self.out) is None:
-                    self.save()
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step counted from 0."""
@@ -168,15 +165,24 @@ class Trainer:
         loss = float(np.mean(losses))
         norm = optim.clip_grad_norm(self.parallel.parameters, recipe.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            last = checkpoints.latest(self.out)
-            raise Diverged(
-                f"the training diverged at step {step + 1}: loss {loss}, gradient norm {norm}, learning rate "
-                f"{self.optimizer.lr:.3g}; nothing was saved, the last good checkpoint is {last or 'none'}: "
-                "start again with a smaller --lr"
-            )
+            raise self._diverged(step + 1, f"loss {loss}, gradient norm {norm}")
         self.optimizer.step()
         self.progress.losses.append(loss)
         return loss
+
+    def _check_weights(self) -> None:
+        """Raise Diverged if the last update broke the weights, which else the next step's loss would show."""
+        self.model.eval()
+        loss, _ = self.parallel.loss(*self.sampler.next())
+        if not math.isfinite(loss):
+            raise self._diverged(self.progress.step, f"loss {loss} after the update")
+
+    def _diverged(self, step: int, what: str) -> Diverged:
+        last = checkpoints.latest(self.out)
+        return Diverged(
+            f"the training diverged at step {step}: {what}, learning rate {self.optimizer.lr:.3g}; nothing was "
+            f"saved, the last good checkpoint is {last or 'none'}: start again with a smaller --lr"
+        )
 
     def _evaluate(self, say: Callable[[str], None]) -> None:
         """Measure the loss on the validation split."""
@@ -186,6 +192,8 @@ class Trainer:
             nats, n = self.parallel.loss(inputs, targets)
             total, count = total + nats, count + n
         loss, step = total / count, self.progress.step
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"validation loss {loss}")
         self.progress.validation.append((step, loss))
         recent = self.progress.losses[-50:]
         trained = f"training loss {np.mean(recent):.3f}   " if recent else ""
@@ -196,7 +204,7 @@ class Trainer:
 
     def _sample(self, tokens: int) -> str:
         """What the model writes now, after a prompt from the validation split."""
-        prompt = np.asarray(self.validation[: min(8, self.recipe.context // 2)]).astype(np.int64)
+        prompt = np.asarray(self.validation[: min(8, max(1, self.recipe.context // 2))]).astype(np.int64)
         new = stream(self.model, prompt[None], tokens, temperature=0.8, top_k=50, seed=0)
         text = self.tokenizer.decode([int(token[0]) for token in new])
         return f"   {self.tokenizer.decode(prompt)!r} -> {text!r}"

@@ -1,7 +1,7 @@
 """What every operation of the op table must satisfy, on any device.
 
-The functions take a row of the table, the operation, a case and the array library `xp` to run on: NumPy, CuPy,
-or the stand-in for CuPy.
+The functions take a row of the table, the operation, a case and the array library `xp` to run on: NumPy,
+CuPy, or the stand-in for CuPy.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def upstream_of(results: Sequence[Tensor]) -> list[np.ndarray]:
     return [rng.uniform(0.5, 2, y.shape) * rng.choice((-1, 1), y.shape) for y in results]
 
 
-def check_gradients(row: Row, operation: Callable[..., Any], case: Case, xp: Any = np, order: int = 1) -> None:
+def check_gradients(
+    row: Row, operation: Callable[..., Any], case: Case, xp: Any = np, order: int = 1
+) -> None:
     """The whole Jacobian where it is small, then random projections; with order 2 those of the gradients."""
     tensors = case.tensors(xp)
     results = run(row, operation, tensors, case, xp)
@@ -66,7 +68,9 @@ def check_gradients(row: Row, operation: Callable[..., Any], case: Case, xp: Any
     gradcheck(function, tensors, order=order, projections=1, **TOLERANCE)
 
 
-def check_values(row: Row, operation: Callable[..., Any], reference: Callable[..., Any], case: Case, xp: Any = np) -> None:
+def check_values(
+    row: Row, operation: Callable[..., Any], reference: Callable[..., Any], case: Case, xp: Any = np
+) -> None:
     """float64 results agree with the reference on NumPy arrays, and live on the device."""
     arrays = [x.array() for x in case.inputs]
     args, kwargs = case.constants()
@@ -98,7 +102,10 @@ def check_float32(row: Row, operation: Callable[..., Any], case: Case, xp: Any =
 
 def check_views(row: Row, operation: Callable[..., Any], case: Case, xp: Any = np) -> None:
     """Views give what contiguous copies give, and nothing that was handed in is changed."""
-    views, copies = case.tensors(xp), [Tensor(xp.asarray(x.values.copy()), requires_grad=True) for x in case.inputs]
+    views, copies = (
+        case.tensors(xp),
+        [Tensor(xp.asarray(x.values.copy()), requires_grad=True) for x in case.inputs],
+    )
     found, expected = (run(row, operation, tensors, case, xp) for tensors in (views, copies))
     for y, z in zip(found, expected):
         np.testing.assert_allclose(y.numpy(), z.numpy(), rtol=1e-13, atol=1e-13)
@@ -118,18 +125,24 @@ def second_gradients(
     return list(grad(total, tensors)) if total.requires_grad else [t * 0.0 for t in tensors]
 
 
+def everything(row: Row, operation: Callable[..., Any], case: Case, xp: Any) -> list[Tensor]:
+    """Results, gradients and second gradients."""
+    tensors = case.tensors(xp)
+    results = run(row, operation, tensors, case, xp)
+    if not row.differentiable:
+        return results
+    upstream = upstream_of(results)
+    again = run(row, operation, tensors, case, xp)  # second gradients free what they walk
+    second = second_gradients(again, tensors, upstream, xp)
+    return results + [Tensor(g) for g in gradients(results, tensors, upstream, xp)] + second
+
+
 def check_device(row: Row, operation: Callable[..., Any], case: Case, xp: Any) -> None:
     """On another device: the values and gradients, first and second, of the CPU; float32; views."""
-    host, device = case.tensors(), case.tensors(xp)
-    expected, found = run(row, operation, host, case, np), run(row, operation, device, case, xp)
-    if row.differentiable:
-        upstream = upstream_of(expected)
-        expected += second_gradients(expected, host, upstream, np)
-        found += second_gradients(found, device, upstream, xp)
-        expected += map(Tensor, gradients(expected[: len(upstream)], host, upstream, np))
-        found += map(Tensor, gradients(found[: len(upstream)], device, upstream, xp))
-        check_float32(row, operation, case, xp)
-        check_views(row, operation, case, xp)
+    (expected, found) = (everything(row, operation, case, module) for module in (np, xp))
     for y, z in zip(found, expected, strict=True):
         assert isinstance(y.data, xp.ndarray) and y.shape == z.shape and y.dtype == z.dtype
         np.testing.assert_allclose(y.numpy(), z.data, rtol=1e-11, atol=1e-12)
+    if row.differentiable:
+        check_float32(row, operation, case, xp)
+        check_views(row, operation, case, xp)

@@ -1,10 +1,10 @@
 """The op table: for every operation, which inputs to try and what it must compute.
 
-`PRIMITIVES` and `FUSED` have one row an operation. A row holds a hypothesis strategy of cases, how to call the
-operation, and NumPy's function of the same meaning. A case holds float64 values inside the operation's domain,
-at least 0.05 away from its kinks and ties (a central difference reaches 0.002 far), each as some view of
-memory, and the arguments that have no gradient. Tests for the CPU, the stand-in for CuPy and a real card run
-the same table; see checks.py.
+`PRIMITIVES` and `FUSED` have one row an operation. A row holds a hypothesis strategy of cases, how to call
+the operation, and NumPy's function of the same meaning. A case holds float64 values inside the operation's
+domain, at least 0.05 away from its kinks and ties (a central difference reaches 0.002 far), each as some view
+of memory, and the arguments that have no gradient. Tests for the CPU, the stand-in for CuPy and a real card
+run the same table; see checks.py.
 """
 
 from __future__ import annotations
@@ -282,7 +282,12 @@ def index(draw: Any, shape: tuple[int, ...]) -> tuple:
 
 @st.composite
 def one(
-    draw: Any, domain: Any = smooth, args: Any = nothing, min_dims: int = 0, max_dims: int = 4, empty: bool = True
+    draw: Any,
+    domain: Any = smooth,
+    args: Any = nothing,
+    min_dims: int = 0,
+    max_dims: int = 4,
+    empty: bool = True,
 ) -> Case:
     shape = draw(shapes(min_dims, empty))[:max_dims]
     return Case([draw(inputs(shape, domain))], args(draw, shape))
@@ -317,8 +322,8 @@ def einsums(draw: Any) -> Case:
     """einsum: sums over own and shared letters, axes of length 1 that broadcast, ellipses."""
     formula = draw(
         st.sampled_from(
-            "i-> ij->ji ij->j ij,jk->ik ij,jk i,i-> i,j->ij ij,ij->i ij,ij->ij bqd,bkd->bqk i,ij,j-> i,j,k->kij "
-            "...->... ...i->... ...ij->...ji ...ij,...jk->...ik ...i,i->... i...,i...->...i".split()
+            "i-> ij->ji ij->j ij,jk->ik ij,jk i,i-> i,j->ij ij,ij->i ij,ij->ij bqd,bkd->bqk i,ij,j-> "
+            "i,j,k->kij ...->... ...i->... ...ij->...ji ...ij,...jk->...ik ...i,i->... i...,i...->...i".split()
         )
     )
     sizes = {letter: draw(st.integers(0 if draw(st.integers(0, 9)) == 9 else 1, 3)) for letter in "bdijkq"}
@@ -521,7 +526,9 @@ def args_first(f: Any, t: Any, *args: Any) -> Any:
     return f(*args, *t)
 
 
-VALUES = st.one_of(pair(positive), one(positive, one_of(0, 1, 2, 3, 0.5, -1.5)), one(nonzero, one_of(2, 3, -1)))
+VALUES = st.one_of(
+    pair(positive), one(positive, one_of(0, 1, 2, 3, 0.5, -1.5)), one(nonzero, one_of(2, 3, -1))
+)
 COMPARED = Row(pair(even, even), differentiable=False)
 
 PRIMITIVES: dict[str, Row] = {
@@ -583,7 +590,9 @@ FUSED: dict[str, Row] = {
     "gelu": Row(one(args=one_of("tanh", "none")), numpy=gelu),
     "layer_norm": Row(normalized(spread, 2), numpy=layer_norm),
     "linear": Row(linears(), numpy=lambda x, w, b=0.0: x @ w.T + b),
-    "linear_cross_entropy": Row(classified(head=True), numpy=lambda x, w, *a, **kw: cross_entropy(x @ w.T, *a, **kw)),
+    "linear_cross_entropy": Row(
+        classified(head=True), numpy=lambda x, w, *a, **kw: cross_entropy(x @ w.T, *a, **kw)
+    ),
     "log_softmax": Row(one(args=filled_axis, min_dims=1), numpy=lambda x, axis: np.log(softmax(x, axis))),
     "rms_norm": Row(normalized(nonzero, 1), numpy=rms_norm),
     "self_attention": Row(self_attentions(), numpy=self_attention),

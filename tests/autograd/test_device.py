@@ -1,4 +1,4 @@
-"""The op table on the strict stand-in for CuPy: what runs here mixes no devices and uses only what CuPy has."""
+"""The op table on the strict stand-in for CuPy, which mixes no devices and has only what CuPy has."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def blamed(function, inputs, **how) -> tuple[int, tuple[int, ...], float, float]
     number = r"([-+.\de]+|nan)"
     message = str(caught.value)
     found = re.search(
-        rf"input (\d+), element \(([\d, ]*)\): the analytic gradient is {number}, the numerical one {number}", message
+        rf"input (\d+), element \(([\d, ]*)\): the analytic gradient is {number}, the numerical one {number}",
+        message,
     )
     assert found, message
     element = tuple(int(i) for i in found[2].split(",") if i.strip())
@@ -51,7 +52,9 @@ def test_wrong_sign_in_one_element(projections):
         sign[1, 2] = -1
         return primitive("exp", np.exp(a.data), (a, lambda g: g * right_exp(a) * Tensor(sign)))
 
-    i, element, analytic, numeric = blamed(lambda b, a: b * wrong(a), [leaf(), leaf(2, 3)], projections=projections)
+    i, element, analytic, numeric = blamed(
+        lambda b, a: b * wrong(a), [leaf(), leaf(2, 3)], projections=projections
+    )
     assert (i, element) == (1, (1, 2))
     assert analytic == pytest.approx(-numeric, rel=1e-6)
 

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autograd import Tensor, primitives
+from autograd import primitives
 
 from .checks import check_float32, check_gradients, check_values, check_views
 from .op_table import PRIMITIVES
 
 every = pytest.mark.parametrize("name", sorted(PRIMITIVES))
-differentiable = pytest.mark.parametrize("name", sorted(n for n in PRIMITIVES if PRIMITIVES[n].differentiable))
+differentiable = pytest.mark.parametrize(
+    "name", sorted(n for n in PRIMITIVES if PRIMITIVES[n].differentiable)
+)
 NUMPY_NAMES = {name: getattr(np, name, None) for name in PRIMITIVES}
 
 

@@ -150,6 +150,7 @@ def test_against_differences(program):
     gradcheck(lambda *leaves: program(OURS, leaves), leaves, projections=2, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(program=programs())
 @settings(max_examples=15)
 def test_second_order_against_differences(program):

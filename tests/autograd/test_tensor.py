@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from autograd import (
-    Tensor, concatenate, enable_grad, grad, gradcheck, is_recording, logsumexp, mul, no_grad, tanh, where,
+    Tensor,
+    concatenate,
+    enable_grad,
+    grad,
+    gradcheck,
+    is_recording,
+    logsumexp,
+    mul,
+    no_grad,
+    tanh,
+    where,
 )  # fmt: skip
 from autograd import primitives as P
 from autograd.tensor import Node, RowsGradient, fused_result, primitive
@@ -131,7 +141,8 @@ def test_gradients_through_views_share_no_memory():
     x, y = random_leaf(2, 3), random_leaf(2, 3)
     functions = [
         lambda t: t.reshape(3, 2), lambda t: t.T, lambda t: t[::-1], lambda t: P.expand_dims(t, 0),
-        lambda t: P.swapaxes(t, 0, 1), lambda t: t, lambda t: P.squeeze(t), lambda t: P.broadcast_to(t, t.shape),
+        lambda t: P.swapaxes(t, 0, 1), lambda t: t, lambda t: P.squeeze(t),
+        lambda t: P.broadcast_to(t, t.shape),
     ]  # fmt: skip
     for function in functions:
         x.grad = y.grad = None
@@ -297,7 +308,9 @@ def test_a_second_backward_is_an_error():
     x = leaf(2.0)
     y = (x * x).sum()
     y.backward()
-    with pytest.raises(RuntimeError, match="'sum' was freed by an earlier backward: run the forward pass again"):
+    with pytest.raises(
+        RuntimeError, match="'sum' was freed by an earlier backward: run the forward pass again"
+    ):
         y.backward()
     assert x.grad.data[0] == 4.0
 
@@ -334,7 +347,9 @@ def test_backward_without_a_graph_is_an_error():
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
 def test_integers_have_no_gradients(dtype):
-    with pytest.raises(TypeError, match=f"only floating-point tensors have gradients, and this one is {dtype}"):
+    with pytest.raises(
+        TypeError, match=f"only floating-point tensors have gradients, and this one is {dtype}"
+    ):
         Tensor(np.ones(3, dtype), requires_grad=True)
     constant = leaf(1.0).astype(dtype)
     assert constant.dtype == dtype and not constant.requires_grad
@@ -527,7 +542,12 @@ def test_a_walked_graph_holds_no_arrays():
     total.backward()
     assert reference() is None
     assert len(nodes) == 4 and all(n.gradients is None and n.composition is None for n in nodes)
-    assert [n.name for n in nodes_of(total)] == ["sum", "mul", "tanh", "matmul"]  # the skeleton stays, to be drawn
+    assert [n.name for n in nodes_of(total)] == [
+        "sum",
+        "mul",
+        "tanh",
+        "matmul",
+    ]  # the skeleton stays, to be drawn
 
 
 def test_a_graph_never_walked_goes_without_the_garbage_collector():
@@ -641,7 +661,8 @@ def test_numbers_never_promote_in_functions():
     mask = np.array([True, False])
     for y in (
         where(mask, x, np.float64(0)), where(mask, 0.0, x), P.maximum(x, np.float64(2)), P.minimum(0.5, x),
-        P.pad(x, [(1, 1)], np.float64(2)), x.mean(), x.var(), x.sum(), x[0] * np.float64(3), mul(np.float64(3), x[0]),
+        P.pad(x, [(1, 1)], np.float64(2)), x.mean(), x.var(), x.sum(), x[0] * np.float64(3),
+        mul(np.float64(3), x[0]),
         P.sigmoid(x[0]), P.erf(x[0]), logsumexp(x), P.split(x, 2)[0], (x @ x) ** 2, 1 / x.sum(),
     ):  # fmt: skip
         assert y.dtype == np.float32
@@ -714,7 +735,9 @@ def test_numpy_and_cupy_do_not_mix(strict_cupy):
 def test_construction():
     array = np.ones(3)
     assert Tensor(array).data is array  # no copy
-    assert Tensor([1.0, 2.0]).shape == (2,) and Tensor(3.0).shape == () and Tensor(Tensor(array)).data is array
+    assert (
+        Tensor([1.0, 2.0]).shape == (2,) and Tensor(3.0).shape == () and Tensor(Tensor(array)).data is array
+    )
     x = leaf(1.0)
     assert x.detach().data is x.data and not x.detach().requires_grad and not Tensor(x).requires_grad
 
@@ -724,7 +747,9 @@ def test_attributes_and_conversions():
     assert (x.shape, x.ndim, x.size, x.dtype, len(x), x.device) == ((2, 3), 2, 6, np.float64, 2, "cpu")
     assert x.numpy() is x.data and np.array_equal(np.asarray(x), x.data) and x.T.shape == (3, 2)
     assert np.asarray(x, "float32").dtype == np.float32
-    assert float(Tensor([2.5])[0]) == 2.5 and bool(Tensor(1.0)) and not Tensor(0.0) and Tensor(2.5).item() == 2.5
+    assert (
+        float(Tensor([2.5])[0]) == 2.5 and bool(Tensor(1.0)) and not Tensor(0.0) and Tensor(2.5).item() == 2.5
+    )
     with pytest.raises(ValueError):
         bool(x)
 

@@ -1,0 +1,166 @@
+"""Training steps of GPT-2 beside PyTorch's: `python -m tests.benchmarks.train_step`.
+
+A step is forward, backward, clipping and AdamW, in float32 on all cores. The floor is the step's matrix
+products alone, with the same shapes on the same threads, measured in the process of the step. PyTorch runs
+eagerly with its fused AdamW; "memory kept" is PyTorch with glibc's mmap and trimming off, as ours sets it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from tests.benchmarks import harness
+
+#         layers, width, heads, context, batch, vocabulary, steps timed
+SIZES = {
+    "S": (4, 128, 4, 64, 12, 65, 60),
+    "M": (6, 384, 6, 256, 8, 65, 6),
+    "L": (6, 384, 6, 256, 4, 50257, 4),
+}
+
+
+def timed(step, count: int) -> float:
+    """Median seconds of a step, the first two not counted."""
+    seconds = []
+    for i in range(count + 2):
+        started = time.perf_counter()
+        step(i)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def batch(size: str) -> tuple[np.ndarray, np.ndarray]:
+    _, _, _, T, B, V, _ = SIZES[size]
+    rng = np.random.default_rng(0)
+    return rng.integers(0, V, (B, T)), rng.integers(0, V, (B, T))
+
+
+def ours(size: str, fused: bool) -> dict[str, float]:
+    import autograd.functional as F
+    from autograd import optim
+    from tinyllm.models import GPT2, GPT2Config
+    from tinyllm.parallel import DataParallel
+
+    L, C, H, T, B, V, steps = SIZES[size]
+    F.use_fused(fused)
+    model = GPT2(GPT2Config(V, T, C, L, H, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    optimizer = optim.AdamW(optim.decay_groups(model, 0.1), 1e-3)
+    x, y = batch(size)
+    with DataParallel(model) as parallel:
+
+        def step(i: int) -> None:
+            optimizer.zero_grad()
+            parallel.gradients(x, y, (0, i))
+            optim.clip_grad_norm(parallel.parameters, 1.0)
+            optimizer.step()
+
+        seconds = timed(step, steps if fused else max(2, steps // 4))
+        peak = harness.peak_megabytes()
+        floor = timed(products(size, parallel.shards), steps)
+    return {"tokens/s": B * T / seconds, "seconds": seconds, "floor": floor, "peak": peak}
+
+
+def products(size: str, shards: int):
+    """A function that computes the matrix products of one step, and nothing else."""
+    L, C, H, T, B, V, _ = SIZES[size]
+    rng = np.random.default_rng(0)
+
+    def shard(sequences: int):
+        array = lambda *shape: rng.standard_normal(shape, np.float32)
+        N, d = sequences * T, C // H
+        pairs = [
+            (array(N, n), array(m, n), array(N, m)) for n, m in [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+        ]
+        x, w, g = array(N, C), array(V, C), array(N, V)
+        qkv, out = array(N, 3 * C), array(sequences, T, H, d).transpose(0, 2, 1, 3)
+        q, k, v = qkv.reshape(sequences, T, 3, H, d).transpose(2, 0, 3, 1, 4)
+        blocks = [
+            (slice(i, i + 64), slice(0, i + 64), array(sequences, H, min(64, T), i + 64))
+            for i in range(0, T, 64)
+        ]
+
+        def compute() -> None:
+            for _ in range(L):
+                for a, weight, gradient in pairs:
+                    a @ weight.T, gradient @ weight, gradient.T @ a
+                for rows, columns, p in blocks:
+                    q[:, :, rows] @ k[:, :, columns].swapaxes(-1, -2), p @ v[:, :, columns]
+                    out[:, :, rows] @ v[:, :, columns].swapaxes(-1, -2), p @ k[:, :, columns]
+                    p.swapaxes(-1, -2) @ out[:, :, rows], p.swapaxes(-1, -2) @ q[:, :, rows]
+            x @ w.T, g @ w, g.T @ x
+
+        return compute
+
+    work = [shard(len(part)) for part in np.array_split(np.arange(B), shards)]
+    pool = ThreadPoolExecutor(shards)
+    return lambda i: list(pool.map(lambda compute: compute(), work))
+
+
+def pytorch(size: str) -> dict[str, float]:
+    import torch
+    import torch.nn.functional as F
+
+    from tests.benchmarks.torch_gpt2 import TorchGPT2
+
+    L, C, H, T, B, V, steps = SIZES[size]
+    model = TorchGPT2(V, T, C, L, H)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
+    x, y = (torch.from_numpy(a) for a in batch(size))
+
+    def step(i: int) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).view(-1, V), y.view(-1)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    seconds = timed(step, steps)
+    return {"tokens/s": B * T / seconds, "seconds": seconds, "peak": harness.peak_megabytes()}
+
+
+def table(size: str, count: int) -> None:
+    kinds = {
+        "ours": (["ours", size], {}),
+        "PyTorch": (["pytorch", size], {}),
+        "PyTorch, memory kept": (["pytorch", size], harness.KEEP_MEMORY),
+        "ours, primitives only": (["composed", size], {}),
+    }
+    results = harness.rounds("tests.benchmarks.train_step", kinds, count)
+    L, C, _, T, B, V, _ = SIZES[size]
+    print(
+        f"\n{size}: {L} layers, width {C}, context {T}, batch {B}, vocabulary {V:,}; {count} rounds, medians"
+    )
+    print(f"  {'':22} {'tokens/s':>9} {'ms a step':>10} {'peak MB':>8}  ours is")
+    for kind, runs in results.items():
+        speed, ms, peak = (harness.median(runs, key) for key in ("tokens/s", "seconds", "peak"))
+        times = "" if kind == "ours" else f"{harness.ratio(results['ours'], runs, 'tokens/s'):5.2f}x"
+        print(f"  {kind:22} {speed:9,.0f} {ms * 1e3:10.1f} {peak:8,.0f}  {times}")
+    share = statistics.median(run["floor"] / run["seconds"] for run in results["ours"])
+    floor = harness.median(results["ours"], "floor") * 1e3
+    print(f"  the floor, matrix products alone: {floor:.1f} ms = {share:.2f} of ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sizes", nargs="*", default=list(SIZES), help="S M L (default: all)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        kind, size = args.sizes
+        result = pytorch(size) if kind == "pytorch" else ours(size, fused=kind == "ours")
+        print(json.dumps(result))
+        return
+    print(f"{os.cpu_count()} cores, NumPy {np.__version__}")
+    for size in args.sizes:
+        table(size, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""GPT-2: what must hold of it with no other library to compare with."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import autograd.functional as F
+import tinyllm
+from autograd import Tensor, backend, gradcheck, no_grad, optim
+from autograd import nn as layers
+from tinyllm import checkpoints
+from tinyllm.errors import InputError
+from tinyllm.models import GPT2, GPT2Config
+from tinyllm.models.gpt2 import SIZES
+from tinyllm.parallel import DataParallel
+from tinyllm.pretrained import write_weights
+from tinyllm.tokenizers import CharacterTokenizer
+from tinyllm.training import Recipe, Trainer
+
+# Longer than one block of 64 queries of the fused attention; three heads, so that H is not d.
+TINY = GPT2Config(31, 80, 24, 2, 3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+SHORT = replace(TINY, n_positions=6, n_embd=6, vocab_size=7)
+
+
+def scrambled(config=TINY, seed=0, dtype=np.float32):
+    """A model in which nothing is 0 or 1, so that a bias left out or a norm's weight shows."""
+    model, rng = GPT2(config, seed), np.random.default_rng(seed + 1)
+    for parameter in model.parameters():
+        parameter.data = (parameter.data + rng.normal(0, 0.3, parameter.shape)).astype(dtype)
+    return model.eval()
+
+
+def tokens(*shape, config=TINY, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(params=["fused", "composed"])
+def both(request):
+    F.use_fused(request.param == "fused")
+    yield request.param
+    F.use_fused(True)
+
+
+# The function that it computes
+
+
+@pytest.mark.parametrize("changed", [1, 40, 63, 64, 79])
+def test_the_future_changes_nothing_before_it(both, changed):
+    model, ids = scrambled(), tokens(2, TINY.n_positions)
+    other = ids.copy()
+    other[:, changed:] = (other[:, changed:] + 5) % TINY.vocab_size
+    before, after = model(ids).numpy(), model(other).numpy()
+    assert np.array_equal(before[:, :changed], after[:, :changed])
+    assert (before[:, changed:] != after[:, changed:]).any(axis=(0, 2)).all()
+
+
+def test_every_earlier_token_and_its_place_matter(both):
+    model, ids = scrambled(), tokens(1, 10)
+    last = model(ids).numpy()[0, -1]
+    for i in range(9):
+        other = ids.copy()
+        other[0, i] = (other[0, i] + 1) % TINY.vocab_size
+        assert np.abs(model(other).numpy()[0, -1] - last).max() > 1e-4
+    shuffled = np.concatenate([ids[:, 8::-1], ids[:, 9:]], axis=1)
+    assert np.abs(model(shuffled).numpy()[0, -1] - last).max() > 1e-3
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(both):
+    model, ids, targets = scrambled(), tokens(3, 20), tokens(3, 20, seed=1)
+    targets[0, :7] = targets[2, 5] = -100
+    logits = model(ids).numpy().astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    kept = targets != -100
+    nats = -log_p[kept, targets[kept]]
+    assert model.loss(ids, targets).item() == pytest.approx(nats.mean(), rel=1e-5)
+    assert model.loss(ids, targets, reduction="sum").item() == pytest.approx(nats.sum(), rel=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(both):
+    model = scrambled()
+    model.loss(tokens(2, TINY.n_positions), tokens(2, TINY.n_positions, seed=1)).backward()
+    C = TINY.n_embd
+    for name, parameter in model.named_parameters():
+        g = parameter.grad.numpy()
+        assert g.shape == parameter.shape and g.dtype == np.float32, name
+        if name.endswith("query_key_value.bias"):
+            # A key's bias adds the same to all scores of a query, which softmax does not see.
+            assert np.abs(g[C : 2 * C]).max() < 1e-6
+            g = np.delete(g, np.s_[C : 2 * C])
+        assert np.isfinite(g).all() and (g != 0).all(), name
+
+
+def test_gradients_are_derivatives(both):
+    """Of the whole model with dropout on, with respect to every parameter."""
+    config = replace(SHORT, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    model = scrambled(config, dtype=np.float64).train()
+    ids, targets = np.array([[1, 4, 1, 0, 6], [3, 3, 2, 5, 1]]), np.array([[4, 1, 0, 6, -100], [3, 2, 5, 1, 1]])
+    parameters = model.parameters()
+
+    def loss(*values):
+        F.manual_seed(3)
+        before = [parameter.data for parameter in parameters]
+        for parameter, value in zip(parameters, values):
+            parameter.data = value.data
+        try:
+            return model.loss(ids, targets)
+        finally:
+            for parameter, data in zip(parameters, before):
+                parameter.data = data
+
+    assert gradcheck(loss, parameters, projections=2)
+
+
+def train(model, steps=20, batch=4, context=32):
+    """Its losses over some steps of AdamW with clipping, and dropout as the model has it."""
+    model.train()
+    optimizer = optim.AdamW(optim.decay_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    losses = []
+    for step in range(steps):
+        F.manual_seed((0, step))
+        ids = tokens(batch, context + 1, config=model.config, seed=step % 4)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optim.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_composed_operations_train_alike(p):
+    config = replace(TINY, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
+    fused = train(GPT2(config, seed=1))
+    F.use_fused(False)
+    try:
+        composed = train(GPT2(config, seed=1))
+    finally:
+        F.use_fused(True)
+    assert fused[-1] < fused[0] - 0.3
+    assert np.abs(fused - composed).max() < 1e-4
+    if p:
+        assert np.abs(fused - train(GPT2(TINY, seed=1))).max() > 1e-2  # so the masks were there
+
+
+def test_a_batch_overfits():
+    model, ids = GPT2(replace(TINY, n_embd=48), seed=0), tokens(4, 33)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optim.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.02
+    assert (model(ids[:, :-1]).numpy().argmax(-1) == ids[:, 1:]).mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_dropout_is_on_in_training_and_off_in_evaluation(kind):
+    model, ids = scrambled(replace(TINY, **{kind: 0.5})), tokens(2, 20)
+    plain = scrambled()(ids).numpy()
+    assert np.array_equal(model(ids).numpy(), plain)
+    model.train()
+    first, second = model(ids).numpy(), model(ids).numpy()
+    assert np.abs(first - plain).max() > 1e-2 and np.abs(first - second).max() > 1e-2
+    assert np.array_equal(model.eval()(ids).numpy(), plain)
+
+
+def test_bad_ids():
+    model = scrambled()
+    for call in (model, lambda ids: model.loss(ids, ids)):
+        assert "81 tokens do not fit the model's context of 80" in one_line(
+            pytest.raises(InputError, call, tokens(1, 81))
+        )
+    for bad in (31, -1):
+        with pytest.raises(IndexError, match=str(bad)):
+            model(np.array([[0, bad]]))
+        with pytest.raises(IndexError, match=str(bad)):
+            model.loss(np.array([[0, 0]]), np.array([[0, bad]]))
+    with pytest.raises(TypeError, match="integer"):
+        model(np.array([[0.0, 1.0]]))
+    assert np.array_equal(model([[1, 2]]).numpy(), model(Tensor(np.array([[1, 2]]))).numpy())
+
+
+# Its sizes and its first weights
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }.items(),
+)
+def test_parameter_counts(monkeypatch, name, count):
+    """Radford et al. 2019, table 2, as corrected; on arrays that are one zero, seen from everywhere."""
+    zero = lambda *shape: layers.Parameter(np.broadcast_to(np.float32(0), shape))
+    monkeypatch.setattr(layers, "zeros", zero)
+    assert GPT2(SIZES[name], seed=None).parameter_count() == count
+
+
+def test_first_weights():
+    config = GPT2Config(400, 300, 64, 8, 4)
+    model = GPT2(config, seed=0)
+    projections, others = [], []
+    for name, parameter in model.named_parameters():
+        values = parameter.numpy()
+        assert values.dtype == np.float32
+        if parameter.ndim == 1:
+            assert (values == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+        else:
+            (projections if "projection" in name else others).append(values.ravel())
+            assert values.std() == pytest.approx(values.ravel()[: values.size // 2].std(), rel=0.1), name
+    assert len(projections) == 16 and len(others) == 18
+    assert np.concatenate(others).std() == pytest.approx(0.02, rel=0.01)
+    assert np.concatenate(projections).std() == pytest.approx(0.02 / math.sqrt(16), rel=0.01)
+    assert abs(np.concatenate(others).mean()) < 2e-4
+    again, other = GPT2(config, seed=0).state_dict(), GPT2(config, seed=1).state_dict()
+    assert all(np.array_equal(array, again[name]) for name, array in model.state_dict().items())
+    assert not np.array_equal(other["token_embedding.weight"], again["token_embedding.weight"])
+
+
+# Published folders
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(folder, model) of a saved model whose MLP is not four times as wide as the model."""
+    model = scrambled(replace(TINY, n_inner=40, layer_norm_epsilon=1e-3))
+    model.save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+def edit(folder, **options):
+    """Change options of config.json; `...` takes one out."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | options
+    config = {name: value for name, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def stored(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_identical(found, expected):
+    assert found.config == expected.config
+    found, expected = dict(found.named_parameters()), dict(expected.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert found[name].dtype == parameter.dtype and found[name].shape == parameter.shape
+        assert np.array_equal(found[name].numpy(), parameter.numpy()), name
+        assert found[name].data.flags.c_contiguous, name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_saving_and_loading_is_the_identity(tmp_path, dtype):
+    model = scrambled(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, dtype)
+    assert_identical(loaded, model)
+    assert_identical(tinyllm.from_pretrained(str(tmp_path), dtype), model)
+    assert not loaded.training and not any(module.training for module in loaded.modules())
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["dtype"] == np.dtype(dtype).name
+
+
+def test_the_published_layout(saved):
+    """Names and shapes as in the published files: matrices of blocks (in, out), the head only once."""
+    folder, model = saved
+    C, inner = 24, 40
+    block = {
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "mlp.c_fc.weight": (C, inner), "mlp.c_fc.bias": (inner,),
+        "mlp.c_proj.weight": (inner, C), "mlp.c_proj.bias": (C,),
+    }  # fmt: skip
+    expected = {"wte.weight": (31, C), "wpe.weight": (80, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    expected |= {f"h.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    expected = {f"transformer.{name}": shape for name, shape in expected.items()}
+    found = stored(folder)
+    assert {name: array.shape for name, array in found.items()} == expected
+    square = found["transformer.h.1.attn.c_proj.weight"]  # whose shape does not tell the layout
+    assert np.array_equal(square, model.blocks[1].attention.projection.weight.numpy().T)
+
+
+@pytest.mark.parametrize("stored_as", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_files(saved, stored_as):
+    folder, model = saved
+    save_file({name: array.astype(stored_as) for name, array in stored(folder).items()}, folder / "model.safetensors")
+    edit(folder, dtype=..., torch_dtype="bfloat16")
+    for dtype in (np.float32, np.float64):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.astype(stored_as).astype(dtype)
+        assert_identical(GPT2.from_pretrained(folder, dtype), model)
+
+
+def test_shards(saved):
+    folder, model = saved
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_weights(folder, config, stored(folder), max_shard_bytes=8000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3 and not (folder / "model.safetensors").exists()
+    assert_identical(GPT2.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("head", [False, True])
+def test_old_files(saved, prefix, head):
+    """Without the prefix, with the mask of each layer as a buffer, and perhaps with the tied head."""
+    folder, model = saved
+    arrays = {name.replace("transformer.", prefix): array for name, array in stored(folder).items()}
+    for i in range(2):
+        arrays[f"{prefix}h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 80, 80), np.uint8))
+        arrays[f"{prefix}h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    if head:
+        arrays["lm_head.weight"] = arrays[f"{prefix}wte.weight"]
+    save_file(arrays, folder / "model.safetensors")
+    edit(folder, n_ctx=80, dtype=..., activation_function=..., n_inner=40)
+    assert_identical(GPT2.from_pretrained(folder), model)
+
+
+def test_a_head_that_is_not_the_embedding(saved):
+    folder, _ = saved
+    arrays = stored(folder)
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"].copy()
+    arrays["lm_head.weight"][3, 5] += 1e-3
+    save_file(arrays, folder / "model.safetensors")
+    assert "lm_head.weight" in one_line(pytest.raises(InputError, GPT2.from_pretrained, folder))
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias"])
+@pytest.mark.parametrize("wrong", ["missing", "left over", "misshapen"])
+def test_tensors_that_do_not_fit(saved, name, wrong):
+    folder, _ = saved
+    arrays = stored(folder)
+    if wrong == "missing":
+        del arrays[name]
+    elif wrong == "left over":
+        name += "_2"
+        arrays[name] = np.zeros(3, np.float32)
+    else:
+        arrays[name] = arrays[name][:-1]
+    save_file(arrays, folder / "model.safetensors")
+    message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, folder))
+    assert f"1 {wrong}" in message and name in message and str(folder) in message
+
+
+def test_a_matrix_stored_as_we_hold_it_is_misshapen(saved):
+    folder, _ = saved
+    arrays = stored(folder)
+    name = "transformer.h.0.attn.c_attn.weight"
+    arrays[name] = np.ascontiguousarray(arrays[name].T)
+    save_file(arrays, folder / "model.safetensors")
+    message = one_line(pytest.raises(InputError, GPT2.from_pretrained, folder))
+    assert name in message and "(72, 24)" in message and "(24, 72)" in message
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+        ({"activation_function": "relu"}, "activation_function"),
+        ({"activation_function": "gelu"}, "activation_function"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"n_ctx": 40}, "n_ctx"),
+        ({"rope_theta": 1e4}, "rope_theta"),
+        ({"n_head": 5}, "5 heads do not divide the width 24"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_layer": "2"}, "n_layer is '2'"),
+        ({"n_inner": 0}, "n_inner is 0"),
+        ({"n_positions": 80.0, "n_ctx": 80.0}, "n_positions is 80.0"),
+        ({"attn_pdrop": 1.0}, "attn_pdrop is 1.0"),
+        ({"attn_pdrop": None}, "attn_pdrop is None"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0"),
+        ({"layer_norm_epsilon": math.nan}, "layer_norm_epsilon is nan"),
+        ({"model_type": "gpt_neo"}, "'gpt_neo'"),
+        ({"model_type": ...}, "None"),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(saved, options, said):
+    folder, _ = saved
+    edit(folder, **options)
+    for load in (GPT2.from_pretrained, tinyllm.from_pretrained):
+        assert said in one_line(pytest.raises(InputError, load, folder))
+
+
+def test_options_that_are_understood(saved):
+    folder, model = saved
+    edit(
+        folder, n_ctx=80, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+        reorder_and_upcast_attn=False, activation_function="gelu_pytorch_tanh", use_cache=True,
+        summary_type="cls_index", task_specific_params={"text-generation": {"max_length": 50}},
+    )  # fmt: skip
+    assert_identical(GPT2.from_pretrained(folder), model)
+
+
+def test_the_options_left_out_are_those_of_the_smallest_model():
+    assert GPT2Config.from_published({"model_type": "gpt2"}) == SIZES["gpt2"]
+    for n_inner, width in ((None, 96), (40, 40), (96, 96)):
+        config = GPT2Config.from_published({**TINY.to_published(), "n_inner": n_inner})
+        assert GPT2(config, seed=None).blocks[0].mlp.expand.weight.shape == (width, 24)
+    with pytest.raises(InputError, match="'n_positions'|n_ctx"):
+        GPT2Config.from_published({"n_ctx": 512})  # its n_positions would be 1024
+
+
+# tinyllm.from_pretrained
+
+
+def test_folders_that_are_no_checkpoint(tmp_path, saved):
+    folder, model = saved
+    for bad, said in ((tmp_path / "none", "no such folder"), (folder / "config.json", "not a folder")):
+        assert said in one_line(pytest.raises(InputError, tinyllm.from_pretrained, bad))
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in one_line(pytest.raises(InputError, tinyllm.from_pretrained, tmp_path / "empty"))
+    edit(folder, model_type="bert2")
+    message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, folder))
+    assert "'bert2'" in message and "gpt2" in message
+    run = tmp_path / "run"
+    checkpoints.save(run, 3, model.save_pretrained)
+    assert_identical(tinyllm.from_pretrained(run), model)
+    assert_identical(GPT2.from_pretrained(run), model)
+
+
+def test_a_name_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, "somebody/model"))
+    assert "no folder somebody/model" in message and "[hub]" in message
+    for path in ("./model", "/no/model", "a/b/c"):
+        assert "hub" not in one_line(pytest.raises(InputError, tinyllm.from_pretrained, path))
+
+
+def test_a_name_with_the_hub(monkeypatch, tmp_path, saved):
+    folder, model = saved
+    hub, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
+    for name in ("HfHubHTTPError", "HFValidationError", "LocalEntryNotFoundError"):
+        setattr(errors, name, type(name, (Exception,), {}))
+        setattr(hub, name, getattr(errors, name))
+    hub.errors = hub.utils = errors
+    asked = []
+
+    def snapshot_download(name, allow_patterns=None):
+        asked.append(name)
+        if name != "somebody/model":
+            raise errors.LocalEntryNotFoundError("no connection\nand a long story")
+        assert not any(pattern.endswith((".bin", "*")) and pattern == "*" for pattern in allow_patterns)
+        return str(folder)
+
+    hub.snapshot_download = snapshot_download
+    for name in ("huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils"):
+        monkeypatch.setitem(sys.modules, name, hub if name == "huggingface_hub" else errors)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert_identical(tinyllm.from_pretrained("somebody/model"), model)
+    message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, "somebody/else"))
+    assert "somebody/else" in message and "no connection" in message
+    model.save_pretrained("somebody/else")
+    assert_identical(tinyllm.from_pretrained("somebody/else"), model)
+    assert asked == ["somebody/model", "somebody/else"]
+
+
+# On a device
+
+
+def step_and_generate(device, folder, config=TINY):
+    """What two training steps, a checkpoint between them and generation give on a device, on the host."""
+    model = GPT2(config, seed=0).train().to(device)
+    xp = backend.device_module(device)
+    ids = tokens(4, 33)
+
+    def new_optimizer(model):
+        return optim.AdamW(optim.decay_groups(model, 0.1), lr=1e-2)
+
+    def step(model, optimizer):
+        with DataParallel(model) as parallel:
+            loss = parallel.gradients(ids[:, :-1], ids[:, 1:], seed=(0,))
+        norm = optim.clip_grad_norm(model.parameters(), 0.5)
+        assert all(type(p.grad.data) is xp.ndarray for p in model.parameters())
+        optimizer.step()
+        return loss, norm
+
+    optimizer = new_optimizer(model)
+    found = {"first": step(model, optimizer)}
+    model.save_pretrained(folder)
+    again = GPT2.from_pretrained(folder).train().to(device)
+    resumed = new_optimizer(again)
+    resumed.load_state_dict(optimizer.state_dict())
+    found["second"], found["resumed"] = step(model, optimizer), step(again, resumed)
+    for m in (model, again):
+        assert all(type(p.data) is xp.ndarray and p.dtype == np.float32 for p in m.parameters())
+    with no_grad():
+        logits = model.eval()(ids)
+    assert type(logits.data) is xp.ndarray
+    found["logits"] = logits.numpy()
+    for name, settings in {"greedy": {"temperature": 0}, "drawn": {"seed": 5, "top_k": 7, "top_p": 0.9}}.items():
+        cached = model.generate(ids[:, :3], 20, **settings)
+        assert np.array_equal(cached, model.generate(ids[:, :3], 20, use_cache=False, **settings))
+        found[name] = cached
+    return found
+
+
+def assert_alike(found, expected, tolerance):
+    for name in ("first", "second", "resumed", "logits"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    assert found["second"] == pytest.approx(found["resumed"], rel=1e-6)
+    assert found["second"][0] < found["first"][0]
+    for name in ("greedy", "drawn"):
+        assert type(found[name]) is np.ndarray and np.array_equal(found[name], expected[name])
+
+
+def test_on_the_stand_in_for_a_gpu(both, strict_cupy, tmp_path):
+    found = step_and_generate("cuda", tmp_path / "cuda")
+    assert_alike(found, step_and_generate("cpu", tmp_path / "cpu"), 1e-5)
+
+
+def test_dropout_on_the_stand_in_for_a_gpu(both, strict_cupy):
+    config = replace(TINY, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    plain, dropped = train(GPT2(TINY, seed=0).to("cuda"), 3), train(GPT2(config, seed=0).to("cuda"), 3)
+    assert np.isfinite(dropped).all() and (plain != dropped).all()
+    assert np.array_equal(dropped, train(GPT2(config, seed=0).to("cuda"), 3))
+
+
+def test_a_run_on_the_stand_in_for_a_gpu(strict_cupy, tmp_path):
+    """The whole loop gives the losses of the CPU, and goes on from a checkpoint as if it had not stopped."""
+    tokenizer = CharacterTokenizer("abcdefgh")
+    row = np.random.default_rng(0).integers(0, 8, 600)
+    config = replace(TINY, vocab_size=tokenizer.vocabulary_size, n_positions=16)
+    recipe = Recipe(steps=4, batch=4, context=16, accumulate=2, lr=1e-2, warmup=2)
+
+    def run(device, name, model, resume=None):
+        out = tmp_path / name
+        trainer = Trainer(model.to(device), tokenizer, row[:500], row[500:], recipe, out, save_every=2)
+        if resume is not None:
+            trainer.resume(resume)
+        trainer.run(say=lambda line: None, sample_tokens=4)
+        return trainer.progress
+
+    on_cpu = run("cpu", "cpu", GPT2(config, seed=0))
+    on_gpu = run("cuda", "cuda", GPT2(config, seed=0))
+    half = tmp_path / "cuda" / "step-00000002"
+    resumed = run("cuda", "resumed", tinyllm.from_pretrained(half), half)
+    assert on_gpu.losses == resumed.losses and on_gpu.validation[-1] == resumed.validation[-1]
+    assert on_gpu.losses == pytest.approx(on_cpu.losses, abs=1e-5) and len(on_cpu.losses) == 4
+    assert on_gpu.validation == pytest.approx(np.array(on_cpu.validation), abs=1e-5)
+    assert_identical(tinyllm.from_pretrained(tmp_path / "cuda"), tinyllm.from_pretrained(tmp_path / "resumed"))
