@@ -113,7 +113,10 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
 class _Attend:
     """Attention on raw arrays, block by block of queries, so that keys no query sees cost nothing.
 
-    The H / H_kv query heads that share a key head stand one below the other as rows of one product.
+    The H / H_kv query heads that share a key head stand side by side in one product. Scores stand
+    transposed, (keys, queries): NumPy takes the maximum and the sum over the first of two axes several
+    columns at a time. The probabilities P = E / l stay unnormalized, E = e^(S - max S), l their sums: it is
+    enough to divide the much smaller out and g by l.
     """
 
     def __init__(
@@ -128,78 +131,103 @@ class _Attend:
         keep: Array | None,
     ) -> None:
         xp = array_module(q, k, v)
-        (B, H, n, d), (_, self.H_kv, m, d_v) = q.shape, v.shape
-        self.group = H // self.H_kv
-        self.q, self.k, self.v, self.keep = q, k, v, keep
+        (B, H, n, d), (_, H_kv, m, d_v) = q.shape, v.shape
+        self.q, self.k, self.v, self.keep, self.heads = q, k, v, keep, (B, H_kv, H // H_kv)
         self.scale = q.dtype.type(_scale(scale, d))
-        self.blocks: list[tuple[slice, slice, Array]] = []  # (queries, keys, P), for the gradient
+        self.blocks: list[tuple[slice, slice, Array, Array]] = []  # (queries, keys, E, l) for the gradient
         self.out = xp.empty((B, n, H, d_v), q.dtype).transpose(0, 2, 1, 3)  # (B, H, n, d_v)
         saves = is_recording()
         size = _QUERY_BLOCK if xp is np else max(n, 1)
         for start in range(0, n, size):
             queries = slice(start, min(start + size, n))
             keys = _key_range(queries, n, m, causal, window)
-            s = self._rows(q, queries) * self.scale @ k[:, :, keys].swapaxes(-1, -2)
-            p = self._softmax(s, queries, keys, m - n, causal, window, key_lengths)
-            kept = p if keep is None else p * self._keep(queries, keys, p.shape)
-            self.out[:, :, queries] = (kept @ v[:, :, keys]).reshape(B, H, -1, d_v)
+            s = k[:, :, keys] @ _columns(self._rows(q, queries) * self.scale)
+            visible = self._hide(s, queries, keys, m - n, causal, window, key_lengths)
+            l = _exponentials(s, guarded=visible and (key_lengths is not None or n > m or not s.size))
+            kept = s if keep is None else s * self._keep(queries, keys)
+            rows = kept.swapaxes(-1, -2) @ v[:, :, keys]  # (B, H_kv, group * queries, d_v)
+            rows /= l
+            self.out[:, :, queries] = rows.reshape(B, H, -1, d_v)
             if saves:
-                self.blocks.append((queries, keys, p))
+                self.blocks.append((queries, keys, s, l))
 
     def _rows(self, x: Array, queries: slice) -> Array:
         """x (B, H, n, d) of these queries as (B, H_kv, group * queries, d)."""
+        B, H_kv, group = self.heads
         x = x[:, :, queries]
-        return x if self.group == 1 else x.reshape(x.shape[0], self.H_kv, -1, x.shape[-1])
+        return x if group == 1 else x.reshape(B, H_kv, group * x.shape[2], x.shape[3])
 
-    def _keep(self, queries: slice, keys: slice, shape: tuple[int, ...]) -> Array:
-        return self.keep[:, :, queries, keys].reshape(shape)
+    def _keep(self, queries: slice, keys: slice) -> Array:
+        """The mask of dropout, laid out like the scores."""
+        B, H_kv, group = self.heads
+        part = self.keep[:, :, queries, keys].swapaxes(-1, -2)  # (B, H, keys, queries)
+        part = part.reshape(B, H_kv, group, *part.shape[2:]).swapaxes(2, 3)
+        return part.reshape(B, H_kv, part.shape[2], -1)
 
-    def _softmax(
+    def _hide(
         self, s: Array, queries: slice, keys: slice, offset: int, causal: bool, window: Any, key_lengths: Any
-    ) -> Array:
-        """Softmax of the scores over the visible keys, in place."""
+    ) -> bool:
+        """Set the scores of keys that a query may not see to -inf; True if there may be such."""
         xp = array_module(s)
-        if s.shape[-1] == 0:
-            return s
         always = 0  # the keys before this one are seen by every query of the block
         if causal and window is None and key_lengths is None:
-            always = min(max(queries.start + offset + 1 - keys.start, 0), s.shape[-1])
+            always = min(max(queries.start + offset + 1 - keys.start, 0), s.shape[-2])
         masked = slice(keys.start + always, keys.stop)
         visible = _visible(xp, queries, masked, offset, causal, window, key_lengths)
-        if visible is not None and masked.start < masked.stop:
-            hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
-            by_head = s.reshape(s.shape[0], self.H_kv, self.group, -1, s.shape[-1])
-            by_head[..., always:] += hidden
-        top = s.max(axis=-1, keepdims=True)
-        if visible is not None:
-            top = xp.where(xp.isfinite(top), top, s.dtype.type(0))
-        s -= top
-        xp.exp(s, out=s)
-        total = s.sum(axis=-1, keepdims=True)
-        if visible is not None:
-            total = xp.where(total == 0, s.dtype.type(1), total)
-        s /= total
-        return s
+        if visible is None:
+            return False
+        hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
+        by_head = s.reshape(*s.shape[:3], self.heads[2], -1)  # (B, H_kv, keys, group, queries)
+        by_head[:, :, always:] += (
+            hidden.swapaxes(-1, -2)[..., None, :] if hidden.ndim == 2 else xp.moveaxis(hidden, -1, 2)
+        )
+        return True
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
-        """Fill dq, and add to dk and dv, from g (B, H, n, d_v)."""
+        """Fill dq, and add to dk and dv, from g (B, H, n, d_v).
+
+        With g' = g / l:  dv = E g',  dP' = v g'^T,  dS = E * (dP' - rowsum(g' * out)), all (keys, queries).
+        """
         xp = array_module(g)
         while self.blocks:
-            queries, keys, p = self.blocks.pop()
-            g_rows = self._rows(g, queries)
-            D = xp.einsum("bhid,bhid->bhi", g_rows, self._rows(self.out, queries))[..., None]
-            ds = g_rows @ self.v[:, :, keys].swapaxes(-1, -2)  # dP
-            kept = p
+            queries, keys, e, l = self.blocks.pop()
+            g_rows = self._rows(g, queries) / l
+            D = xp.einsum("bhid,bhid->bhi", g_rows, self._rows(self.out, queries))[:, :, None, :]
+            ds = self.v[:, :, keys] @ _columns(g_rows)
+            kept = e
             if self.keep is not None:
-                keep = self._keep(queries, keys, p.shape)
-                ds *= keep
-                kept = p * keep
-            dv[:, :, keys] += kept.swapaxes(-1, -2) @ g_rows
+                mask = self._keep(queries, keys)
+                ds *= mask
+                kept = e * mask
+            dv[:, :, keys] += kept @ g_rows
             ds -= D
-            ds *= p
-            ds *= self.scale
-            dq[:, :, queries] = (ds @ self.k[:, :, keys]).reshape(dq[:, :, queries].shape)
-            dk[:, :, keys] += ds.swapaxes(-1, -2) @ self._rows(self.q, queries)
+            ds *= e
+            rows = ds.swapaxes(-1, -2) @ self.k[:, :, keys]
+            rows *= self.scale
+            dq[:, :, queries] = rows.reshape(dq[:, :, queries].shape)
+            dk[:, :, keys] += ds @ (self._rows(self.q, queries) * self.scale)
+
+
+def _columns(rows: Array) -> Array:
+    """rows (..., n, d) as (..., d, n), laid out so: a copy that small products repay at once."""
+    return array_module(rows).ascontiguousarray(rows.swapaxes(-1, -2))
+
+
+def _exponentials(s: Array, guarded: bool) -> Array:
+    """Turn scores (..., keys, queries) into E = e^(S - max S) in place; returns the sums l (..., queries, 1).
+
+    guarded: a query may see nothing; its E is 0, and its l is 1 so that its output is 0.
+    """
+    xp = array_module(s)
+    if s.shape[-2] == 0:
+        return xp.ones((*s.shape[:-2], s.shape[-1], 1), s.dtype)
+    top = s.max(axis=-2, keepdims=True)
+    if guarded:
+        top = xp.where(xp.isfinite(top), top, s.dtype.type(0))
+    s -= top
+    xp.exp(s, out=s)
+    l = s.sum(axis=-2)[..., None]
+    return xp.where(l == 0, s.dtype.type(1), l) if guarded else l
 
 
 def _scale(scale: float | None, d: int) -> float:

@@ -155,7 +155,8 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
     """
     xp = array_module(x)
     n = x.dtype.type(1 / x.shape[-1])
-    y = _rows(x) - _rows(x).mean(axis=-1, keepdims=True)
+    rows = _rows(x)
+    y = rows - xp.einsum("ij->i", rows)[:, None] * n
     scale = 1 / xp.sqrt(xp.einsum("ij,ij->i", y, y)[:, None] * n + x.dtype.type(eps))
     y *= scale
     out = y * weight if weight is not None else y.copy()
@@ -172,7 +173,7 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
         if needed[0]:
             dx = g * weight if weight is not None else g.copy()
             slope = xp.einsum("ij,ij->i", dx, y)[:, None] * n
-            dx -= dx.mean(axis=-1, keepdims=True)
+            dx -= xp.einsum("ij->i", dx)[:, None] * n
             dx -= y * slope
             dx *= scale
             dx = dx.reshape(x.shape)
@@ -233,7 +234,7 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
 
     approximate "tanh": Phi(x) = (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, as in GPT;
     "none": Phi(x) = (1 + erf(x / sqrt 2)) / 2, as in BERT.
-    With u = sqrt(2/pi) (x + 0.044715 x^3), t = tanh u:  out' = (1 + t)/2 + x (1 - t^2) u' / 2.
+    With u = sqrt(2/pi) (x + 0.044715 x^3):  Phi' = 2 u' Phi (1 - Phi), so out' = Phi (1 + 2 u' (x - out)).
     """
     xp = array_module(x)
     saves = is_recording()
@@ -241,21 +242,20 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
     if approximate == "tanh":
         c = math.sqrt(2 / math.pi)
         square = x * x
-        t = square * (c * 0.044715)
-        t += c
-        t *= x
-        xp.tanh(t, out=t)
-        half = t + 1
-        half *= 0.5
-        out = x * half
+        phi = square * (c * 0.044715)
+        phi += c
+        phi *= x
+        xp.tanh(phi, out=phi)
+        phi *= 0.5
+        phi += 0.5
+        out = x * phi
         if saves:
-            square *= 3 * 0.044715 * c * 0.5
-            square += c * 0.5  # u' / 2
-            square *= x
-            t *= t
-            slope = xp.subtract(1, t, out=t)
+            square *= 6 * 0.044715 * c
+            square += 2 * c  # 2 u'
+            slope = x - out
             slope *= square
-            slope += half
+            slope += 1
+            slope *= phi
     elif approximate == "none":
         half = erf(x * math.sqrt(0.5))
         half += 1
