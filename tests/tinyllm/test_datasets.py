@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinyllm import datasets, tokenizers
@@ -64,9 +64,11 @@ def test_reads_what_was_written_whatever_the_chunks(tmp_path, text, chunk):
         assert "".join(stream_text(tmp_path / "a.txt")) == text
 
 
-def test_a_mark_of_utf8_is_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffa\ufeff".encode())
-    assert read_text(tmp_path / "a.txt") == "a\ufeff"
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_a_mark_of_utf8_is_no_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(datasets, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes("\ufeffabc\ufeff".encode())
+    assert read_text(tmp_path / "a.txt") == "abc\ufeff"
 
 
 def test_folder_in_order_without_binaries_and_hidden_files(tmp_path):
@@ -80,6 +82,7 @@ def test_folder_in_order_without_binaries_and_hidden_files(tmp_path):
     assert read_text(tmp_path) == "ABC\n\nAZ\n\nA\n\nB\n\n\nC\n\n\n\n"
 
 
+@example("a", b"\xe2\x82", "", 2)
 @given(st.text("a€世", max_size=20),
        st.sampled_from([b"\xff", b"\xe2\x82", b"\x80", b"\xc3(", b"\xed\xa0\x80"]),
        st.sampled_from(["", "z", "世界"]), st.integers(1, 7))
@@ -96,10 +99,11 @@ def test_the_byte_that_is_not_utf8_is_named(tmp_path, before, wrong, after, chun
 def test_missing_empty_and_broken_files(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "binary").write_bytes(b"\0")
     for name, message in [("absent", "does not exist"), ("empty.txt", "no text"), ("empty.gz", "no text"),
-                          ("folder", "no text")]:
+                          ("mark.txt", "no text"), ("folder", "no text")]:
         with pytest.raises(InputError, match=f"{name} .*{message}.*; give"):
             read_text(tmp_path / name)
     whole = bytearray(gzip.compress(bytes(range(128)) * 50))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 from collections import Counter
 from itertools import pairwise
@@ -10,7 +11,7 @@ import pytest
 import regex
 import tiktoken
 import tiktoken.load
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinyllm import tokenizers
@@ -27,8 +28,8 @@ from tinyllm.tokenizers import (
 )
 
 END = "<|endoftext|>"
-# Few letters make long repetitions and ties; the rest are the places where the split pattern decides.
-# No unassigned characters: what `regex` (training) calls a letter may be none to an older tiktoken (encoding).
+# Few letters make long repetitions and ties; the others lie where the split pattern decides. No unassigned
+# characters: what `regex` (in training) takes for a letter may be none to an older tiktoken (in encoding).
 TEXTS = st.text("aab's tl1é_!\n\r\x1c\x85\u2028世", max_size=60) | st.text(
     st.characters(exclude_categories=("Cs", "Cn")), max_size=30)
 
@@ -50,6 +51,10 @@ def bpe_by_recounting(text: str, vocabulary_size: int):
                 i += 1
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return tokens, words
+
+
+def numbered(merged: list[bytes]) -> dict[bytes, int]:
+    return {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + merged)}
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +125,21 @@ def test_stream_waits_for_the_last_byte(english):
     assert stream.push(0xE2) == "" and stream.finish() == "\ufffd"
 
 
+@example("aaaa !!\x1cbbb bb", 11, 3)  # U+001C is a space to Python, but a sign to the pattern
 @given(st.text("ab '\n\r\t!\x1c\x85\u2028é", max_size=80), st.integers(12, 30), st.integers(1, 7))
-def test_pieces_have_the_tokens_of_the_whole(english, text, piece, part):
-    """At most six spaces in a row here, so there is always a place to cut."""
+def test_pieces_have_the_tokens_of_the_whole(text, piece, part):
+    """Any two characters make a token, so a cut in a word shows. At most six spaces or signs in a row."""
+    pairs = [(a + b).encode() for a in "ab '\n\r\t!\x1c" for b in "ab '\n\r\t!\x1c"]
+    tokenizer = BytePairTokenizer(numbered(pairs))
     text = regex.sub(r"(\s{6})\s+|(\S{6})\S+", r"\1\2 ", text)
-    whole = english.encode(text)
+    whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "PIECE", piece)
         pieces = list(text_pieces(text))
         assert list(text_pieces(text[i : i + part] for i in range(0, len(text), part))) == pieces
-        assert english.encode(text) == whole
+        assert tokenizer.encode(text) == whole
     assert "".join(pieces) == text and all(0 < len(p) <= piece for p in pieces)
-    assert [i for p in pieces for i in english._encoding.encode_ordinary(p)] == whole
+    assert [i for p in pieces for i in tokenizer.encode(p)] == whole
 
 
 @pytest.mark.parametrize("text", [" " * 1_100_000 + "x", "x" + "\n" * 1_100_000, "x" * 1_100_000])
@@ -276,6 +284,13 @@ def test_folder_without_a_tokenizer(tmp_path):
             load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("tokens", [[b"abc"], [b"abc", b"ab"]])
+def test_ranks_that_no_merges_make(tmp_path, tokens):
+    tokenizer = BytePairTokenizer(numbered(tokens))
+    with pytest.raises(InputError, match="token b'abc' is no merge of two"):
+        tokenizer.save(tmp_path)
+
+
 def test_unwritable_place(english, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot write"):
@@ -308,6 +323,7 @@ def test_gpt2_never_hangs(monkeypatch):
     with pytest.raises(InputError, match="TimeoutError"):
         gpt2_tokenizer(seconds=0.05)
     assert time.perf_counter() - start < 3
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
 
 
 # Characters
