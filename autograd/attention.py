@@ -104,7 +104,7 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
     def gradients(g: Array, needed: Any) -> Any:
         dqkv = array_module(qkv).zeros(split, qkv.dtype)
         dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
-        attend.backward(g.reshape(B, T, heads, -1).transpose(0, 2, 1, 3), dq, dk, dv)
+        attend.backward(g.reshape(B, T, heads, split[-1]).transpose(0, 2, 1, 3), dq, dk, dv)
         return dqkv.reshape(qkv.shape), None, None, None
 
     return attend.out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), gradients
@@ -147,7 +147,7 @@ class _Attend:
             kept = s if keep is None else s * self._keep(queries, keys)
             rows = kept.swapaxes(-1, -2) @ v[:, :, keys]  # (B, H_kv, group * queries, d_v)
             rows /= l
-            self.out[:, :, queries] = rows.reshape(B, H, -1, d_v)
+            self.out[:, :, queries] = rows.reshape(B, H, queries.stop - start, d_v)
             if saves:
                 self.blocks.append((queries, keys, s, l))
 
@@ -161,8 +161,8 @@ class _Attend:
         """The mask of dropout, laid out like the scores."""
         B, H_kv, group = self.heads
         part = self.keep[:, :, queries, keys].swapaxes(-1, -2)  # (B, H, keys, queries)
-        part = part.reshape(B, H_kv, group, *part.shape[2:]).swapaxes(2, 3)
-        return part.reshape(B, H_kv, part.shape[2], -1)
+        m, n = part.shape[2:]
+        return part.reshape(B, H_kv, group, m, n).swapaxes(2, 3).reshape(B, H_kv, m, group * n)
 
     def _hide(
         self, s: Array, queries: slice, keys: slice, offset: int, causal: bool, window: Any, key_lengths: Any
@@ -177,7 +177,7 @@ class _Attend:
         if visible is None:
             return False
         hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
-        by_head = s.reshape(*s.shape[:3], self.heads[2], -1)  # (B, H_kv, keys, group, queries)
+        by_head = s.reshape(*s.shape[:3], self.heads[2], queries.stop - queries.start)
         by_head[:, :, always:] += (
             hidden.swapaxes(-1, -2)[..., None, :] if hidden.ndim == 2 else xp.moveaxis(hidden, -1, 2)
         )

@@ -73,7 +73,7 @@ def embedding(ids: Any, table: Tensor) -> Tensor:
         IndexError: an id is not a row of the table.
     """
     ids = ids.data if isinstance(ids, Tensor) else ids
-    return _embedding_lookup(ids if backend.is_array(ids) else array_module(table.data).asarray(ids), table)
+    return _embedding_lookup(array_module(table.data).asarray(ids), table)
 
 
 def attention(

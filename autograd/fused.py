@@ -238,7 +238,8 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
     """
     xp = array_module(x)
     saves = is_recording()
-    slope = None
+    slope, shape = None, x.shape
+    x = x.reshape(-1)
     if approximate == "tanh":
         c = math.sqrt(2 / math.pi)
         square = x * x
@@ -268,7 +269,11 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
             slope += half
     else:
         raise ValueError(f"gelu: approximate={approximate!r}: use 'tanh' or 'none'")
-    return out, lambda g, needed: (xp.multiply(g, slope, out=slope), None)
+
+    def gradients(g: Array, needed: Any) -> Any:
+        return xp.multiply(g.reshape(-1), slope, out=slope).reshape(shape), None
+
+    return out.reshape(shape), gradients
 
 
 def silu_composed(x: Tensor) -> Tensor:

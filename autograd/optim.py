@@ -191,12 +191,13 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
 def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
     """Scale all gradients by min(1, max_norm / norm), norm the root of the sum of all their squares.
 
-    Returns the norm before clipping (Pascanu et al. 2013, algorithm 1).
+    Returns the norm before clipping (Pascanu et al. 2013, algorithm 1). Nothing is scaled by a norm that is
+    not finite: the caller sees it and stops.
     """
     gradients = [p.grad.data for p in parameters if p.grad is not None]
     squares = [array_module(g).vdot(g, g) for g in gradients]
     norm = math.sqrt(sum(float(s) for s in squares))
-    if norm > max_norm:
+    if max_norm < norm < math.inf:
         for p in parameters:
             if p.grad is not None:
                 p.grad = Tensor(p.grad.data * p.grad.dtype.type(max_norm / norm))

@@ -323,7 +323,8 @@ def einsums(draw: Any) -> Case:
     formula = draw(
         st.sampled_from(
             "i-> ij->ji ij->j ij,jk->ik ij,jk i,i-> i,j->ij ij,ij->i ij,ij->ij bqd,bkd->bqk i,ij,j-> "
-            "i,j,k->kij ...->... ...i->... ...ij->...ji ...ij,...jk->...ik ...i,i->... i...,i...->...i".split()
+            "i,j,k->kij ...->... ...i->... ...ij->...ji ...ij,...jk->...ik ...i,i->... "
+            "i...,i...->...i".split()
         )
     )
     sizes = {letter: draw(st.integers(0 if draw(st.integers(0, 9)) == 9 else 1, 3)) for letter in "bdijkq"}

@@ -64,7 +64,7 @@ def test_equals_composition(name, data):
 
 @every
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_gradient(name, data):
     row = FUSED[name]
     check_gradients(row, OPERATIONS[name].fused, data.draw(row.cases))
@@ -97,7 +97,7 @@ def test_inputs_that_depend_on_each_other(name, data):
 
 @every
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_float32(name, data):
     row = FUSED[name]
     check_float32(row, OPERATIONS[name].fused, data.draw(row.cases))
@@ -105,7 +105,7 @@ def test_float32(name, data):
 
 @every
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_views(name, data):
     row = FUSED[name]
     check_views(row, OPERATIONS[name].fused, data.draw(row.cases))

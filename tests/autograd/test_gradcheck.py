@@ -10,7 +10,7 @@ import pytest
 from autograd import GradientError, Tensor, gradcheck, no_grad
 from autograd import exp as right_exp
 from autograd.primitives import logsumexp, sum, tanh, unbroadcast
-from autograd.tensor import primitive
+from autograd.tensor import fused_result, primitive
 
 both_modes = pytest.mark.parametrize("projections", [None, 1, 3])
 
@@ -123,6 +123,22 @@ def test_wrong_second_derivative_only(projections):
     with pytest.raises(GradientError, match="second order.*input 0, element"):
         gradcheck(wrong, x, projections=projections, order=2)
     assert gradcheck(tanh, x, projections=projections, order=2)
+
+
+@both_modes
+def test_fused_operation_whose_composition_is_something_else(projections):
+    """Right when differentiated once, and consistently wrong when differentiated twice."""
+
+    def square(a):
+        def composition():
+            source = a * 1.0
+            return source * source * source, [source]
+
+        return fused_result("square", a.data**2, [a], lambda g, needed: [g * 2 * a.data], composition)
+
+    x = leaf(2)
+    assert gradcheck(square, x, projections=projections)
+    assert blamed(square, x, projections=projections, order=2)[0] == 0
 
 
 @both_modes

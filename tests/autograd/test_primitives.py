@@ -25,7 +25,7 @@ def test_every_primitive_has_a_row():
 
 @differentiable
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_gradient(name, data):
     row = PRIMITIVES[name]
     check_gradients(row, getattr(primitives, name), data.draw(row.cases))
@@ -41,7 +41,7 @@ def test_second_order(name, data):
 
 @every
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_value(name, data):
     row = PRIMITIVES[name]
     check_values(row, getattr(primitives, name), row.numpy or NUMPY_NAMES[name], data.draw(row.cases))
@@ -49,7 +49,7 @@ def test_value(name, data):
 
 @differentiable
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_float32(name, data):
     row = PRIMITIVES[name]
     check_float32(row, getattr(primitives, name), data.draw(row.cases))
@@ -57,7 +57,7 @@ def test_float32(name, data):
 
 @differentiable
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_views(name, data):
     row = PRIMITIVES[name]
     check_views(row, getattr(primitives, name), data.draw(row.cases))
