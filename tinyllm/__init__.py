@@ -41,7 +41,7 @@ def fetched(name: str | Path) -> Path:
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise InputError(
             f'there is no folder {name}; to fetch a model of that name: pip install -e ".[hub]"'

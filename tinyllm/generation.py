@@ -6,6 +6,7 @@ a cache keeps them, and each step computes one position only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ def stream(
         InputError: an empty prompt, one longer than the context, unknown ids, or a setting out of range.
     """
     ids = _checked_prompt(model, input_ids)
-    if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise InputError("max_new_tokens and temperature must be 0 or more, top_k 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, but must be above 0 and at most 1")

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from types import ModuleType
 
 import ml_dtypes
@@ -109,7 +110,8 @@ def test_gradients_are_derivatives(both):
     """Of the whole model with dropout on, with respect to every parameter."""
     config = replace(SHORT, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
     model = scrambled(config, dtype=np.float64).train()
-    ids, targets = np.array([[1, 4, 1, 0, 6], [3, 3, 2, 5, 1]]), np.array([[4, 1, 0, 6, -100], [3, 2, 5, 1, 1]])
+    ids = np.array([[1, 4, 1, 0, 6], [3, 3, 2, 5, 1]])
+    targets = np.array([[4, 1, 0, 6, -100], [3, 2, 5, 1, 1]])
     parameters = model.parameters()
 
     def loss(*values):
@@ -133,7 +135,7 @@ def train(model, steps=20, batch=4, context=32):
     losses = []
     for step in range(steps):
         F.manual_seed((0, step))
-        ids = tokens(batch, context + 1, config=model.config, seed=step % 4)
+        ids = tokens(batch, context + 1, config=model.config, seed=step % 2)
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -152,16 +154,16 @@ def test_composed_operations_train_alike(p):
         composed = train(GPT2(config, seed=1))
     finally:
         F.use_fused(True)
-    assert fused[-1] < fused[0] - 0.3
+    assert fused[-1] < fused[0] - 0.2
     assert np.abs(fused - composed).max() < 1e-4
     if p:
         assert np.abs(fused - train(GPT2(TINY, seed=1))).max() > 1e-2  # so the masks were there
 
 
 def test_a_batch_overfits():
-    model, ids = GPT2(replace(TINY, n_embd=48), seed=0), tokens(4, 33)
+    model, ids = GPT2(replace(TINY, n_embd=48), seed=0), tokens(4, 17)
     optimizer = optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(50):
         optimizer.zero_grad()
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -171,10 +173,17 @@ def test_a_batch_overfits():
     assert (model(ids[:, :-1]).numpy().argmax(-1) == ids[:, 1:]).mean() > 0.99
 
 
-@pytest.mark.parametrize("kind", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
-def test_dropout_is_on_in_training_and_off_in_evaluation(kind):
-    model, ids = scrambled(replace(TINY, **{kind: 0.5})), tokens(2, 20)
-    plain = scrambled()(ids).numpy()
+@pytest.mark.parametrize(
+    "kind, silent",
+    [("embd_pdrop", ""), ("attn_pdrop", "mlp"), ("resid_pdrop", "mlp"), ("resid_pdrop", "attention")],
+)
+def test_dropout_is_on_in_training_and_off_in_evaluation(kind, silent):
+    """Each alone: a sub-block that is silent adds nothing to the stream, so its dropout changes nothing."""
+    model, without, ids = scrambled(replace(TINY, **{kind: 0.5})), scrambled(), tokens(2, 20)
+    for name, parameter in [*model.named_parameters(), *without.named_parameters()]:
+        if silent and f"{silent}.projection" in name:
+            parameter.data = np.zeros_like(parameter.data)
+    plain = without(ids).numpy()
     assert np.array_equal(model(ids).numpy(), plain)
     model.train()
     first, second = model(ids).numpy(), model(ids).numpy()
@@ -304,7 +313,8 @@ def test_the_published_layout(saved):
 @pytest.mark.parametrize("stored_as", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files(saved, stored_as):
     folder, model = saved
-    save_file({name: array.astype(stored_as) for name, array in stored(folder).items()}, folder / "model.safetensors")
+    halves = {name: array.astype(stored_as) for name, array in stored(folder).items()}
+    save_file(halves, folder / "model.safetensors")
     edit(folder, dtype=..., torch_dtype="bfloat16")
     for dtype in (np.float32, np.float64):
         for parameter in model.parameters():
@@ -340,7 +350,7 @@ def test_a_head_that_is_not_the_embedding(saved):
     folder, _ = saved
     arrays = stored(folder)
     arrays["lm_head.weight"] = arrays["transformer.wte.weight"].copy()
-    arrays["lm_head.weight"][3, 5] += 1e-3
+    arrays["lm_head.weight"][3, 5] = np.nextafter(arrays["lm_head.weight"][3, 5], np.float32(9))
     save_file(arrays, folder / "model.safetensors")
     assert "lm_head.weight" in one_line(pytest.raises(InputError, GPT2.from_pretrained, folder))
 
@@ -410,8 +420,8 @@ def test_options_that_are_refused(saved, options, said):
 def test_options_that_are_understood(saved):
     folder, model = saved
     edit(
-        folder, n_ctx=80, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-        reorder_and_upcast_attn=False, activation_function="gelu_pytorch_tanh", use_cache=True,
+        folder, n_ctx=80, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True, reorder_and_upcast_attn=False, activation_function="gelu_pytorch_tanh",
         summary_type="cls_index", task_specific_params={"text-generation": {"max_length": 50}},
     )  # fmt: skip
     assert_identical(GPT2.from_pretrained(folder), model)
@@ -466,7 +476,7 @@ def test_a_name_with_the_hub(monkeypatch, tmp_path, saved):
         asked.append(name)
         if name != "somebody/model":
             raise errors.LocalEntryNotFoundError("no connection\nand a long story")
-        assert not any(pattern.endswith((".bin", "*")) and pattern == "*" for pattern in allow_patterns)
+        assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
         return str(folder)
 
     hub.snapshot_download = snapshot_download
@@ -495,6 +505,7 @@ def step_and_generate(device, folder, config=TINY):
         return optim.AdamW(optim.decay_groups(model, 0.1), lr=1e-2)
 
     def step(model, optimizer):
+        optimizer.zero_grad()
         with DataParallel(model) as parallel:
             loss = parallel.gradients(ids[:, :-1], ids[:, 1:], seed=(0,))
         norm = optim.clip_grad_norm(model.parameters(), 0.5)
@@ -512,10 +523,10 @@ def step_and_generate(device, folder, config=TINY):
     for m in (model, again):
         assert all(type(p.data) is xp.ndarray and p.dtype == np.float32 for p in m.parameters())
     with no_grad():
-        logits = model.eval()(ids)
-    assert type(logits.data) is xp.ndarray
-    found["logits"] = logits.numpy()
-    for name, settings in {"greedy": {"temperature": 0}, "drawn": {"seed": 5, "top_k": 7, "top_p": 0.9}}.items():
+        found["logits"] = model.eval()(ids).numpy()
+    model = scrambled(config).to(device)
+    choices = {"greedy": {"temperature": 0}, "drawn": {"seed": 5, "top_k": 7, "top_p": 0.9}}
+    for name, settings in choices.items():
         cached = model.generate(ids[:, :3], 20, **settings)
         assert np.array_equal(cached, model.generate(ids[:, :3], 20, use_cache=False, **settings))
         found[name] = cached
@@ -565,4 +576,5 @@ def test_a_run_on_the_stand_in_for_a_gpu(strict_cupy, tmp_path):
     assert on_gpu.losses == resumed.losses and on_gpu.validation[-1] == resumed.validation[-1]
     assert on_gpu.losses == pytest.approx(on_cpu.losses, abs=1e-5) and len(on_cpu.losses) == 4
     assert on_gpu.validation == pytest.approx(np.array(on_cpu.validation), abs=1e-5)
-    assert_identical(tinyllm.from_pretrained(tmp_path / "cuda"), tinyllm.from_pretrained(tmp_path / "resumed"))
+    last = [tinyllm.from_pretrained(tmp_path / name) for name in ("cuda", "resumed")]
+    assert_identical(*last)

@@ -1,0 +1,311 @@
+"""Generation: which tokens may come, how often they come, and that a cache changes nothing."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autograd import Tensor, no_grad
+from tinyllm.errors import InputError
+from tinyllm.generation import KeyValueCache, generate, sample, stream
+
+from .test_gpt2 import TINY, one_line, scrambled, tokens
+
+LOGITS = np.array([0.3, -1.2, 2.0, 1.9, -0.4, 0.3, -np.inf, 1.1])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return scrambled()
+
+
+def softmax(z):
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+# Drawing one token
+
+
+def frequencies(n=100_000, logits=LOGITS, **settings):
+    drawn = sample(np.tile(logits, (n, 1)), np.random.default_rng(0), **settings)
+    assert drawn.shape == (n,)
+    return np.bincount(drawn, minlength=len(logits))
+
+
+def assert_distributed(counts, p):
+    """Pearson's statistic of at most 7 degrees of freedom: above 40 once in a million."""
+    assert (counts[p == 0] == 0).all()
+    expected = counts.sum() * p[p > 0]
+    assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 40
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_frequencies_are_the_probabilities(temperature):
+    counts = frequencies(temperature=temperature)
+    assert_distributed(counts, softmax(LOGITS / temperature))
+    with pytest.raises(AssertionError):  # 100,000 draws do tell temperatures apart
+        assert_distributed(counts, softmax(LOGITS / (temperature * 1.1)))
+
+
+def only(*kept, logits=LOGITS):
+    """The distribution over these tokens alone."""
+    return softmax(np.where(np.isin(np.arange(len(logits)), kept), logits, -np.inf))
+
+
+@pytest.mark.parametrize(
+    "k, kept", [(1, [2]), (2, [2, 3]), (3, [2, 3, 7]), (6, [0, 2, 3, 4, 5, 7]), (8, range(8)), (9, range(8))]
+)
+def test_top_k(k, kept):
+    assert_distributed(frequencies(top_k=k), only(*kept))
+
+
+def test_top_k_keeps_what_ties_with_the_last():
+    assert_distributed(frequencies(top_k=4), only(0, 2, 3, 5, 7))  # tokens 0 and 5 are equally likely
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.95, 1.0])
+def test_top_p(top_p):
+    p = softmax(LOGITS)
+    kept, mass = [], 0.0
+    for token in sorted(range(len(p)), key=lambda i: -p[i]):
+        if mass >= top_p:
+            break
+        kept.append(token)
+        mass += p[token]
+    assert 0 < len(kept) and (top_p == 1 or len(kept) < 7)
+    assert_distributed(frequencies(top_p=top_p), only(*kept))
+
+
+def test_top_p_at_the_very_edge():
+    """A set that reaches p exactly is enough."""
+    logits = np.log([0.125, 0.5, 0.125, 0.25])
+    for top_p, kept in ((0.5, [1]), (0.51, [1, 3]), (0.75, [1, 3])):
+        assert np.flatnonzero(frequencies(1000, np.round(logits, 15), top_p=top_p - 1e-12)).tolist() == kept
+
+
+def test_temperature_then_top_k_then_top_p():
+    """Each sees what the one before it left: top_p the probabilities of the three tokens at temperature 2."""
+    counts = frequencies(temperature=2.0, top_k=3, top_p=0.7)
+    three, all_of_them, cold = only(2, 3, 7, logits=LOGITS / 2), softmax(LOGITS / 2), only(2, 3, 7)
+    assert three[[2, 3]].sum() > 0.7 > all_of_them[[2, 3, 7]].sum() and cold[2] < 0.7
+    assert_distributed(counts, only(2, 3, logits=LOGITS / 2))
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12),
+    k=st.none() | st.integers(1, 14),
+    p=st.none() | st.floats(1e-3, 1),
+    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 100.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_drawn_token_was_among_the_kept(logits, k, p, temperature, seed):
+    logits = np.array(logits, np.float32)
+    (token,) = sample(logits[None], np.random.default_rng(seed), temperature, k, p)
+    better = logits > logits[token]
+    assert better.sum() < (k or len(logits))
+    if temperature == 0:
+        assert token == logits.argmax()
+    elif p is not None:  # better tokens alone must not have reached p
+        kth = np.sort(logits)[::-1][: k or len(logits)][-1]
+        z = np.where(logits >= kth, logits, -np.inf).astype(np.float64)
+        assert softmax(z / temperature)[better].sum() < p + 1e-9
+
+
+def test_rows_are_drawn_apart():
+    rows = np.array([[0.0, 1e4], [1e4, 0.0]])
+    rng = np.random.default_rng(0)
+    assert sample(rows, rng).tolist() == sample(rows, rng, top_k=1).tolist() == [1, 0]
+    assert sample(rows, rng, top_p=0.5).tolist() == sample(rows, rng, temperature=0).tolist() == [1, 0]
+    drawn = np.array([sample(np.zeros((2, 2)), rng) for _ in range(400)])
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
+
+
+def test_extreme_settings_give_tokens():
+    rng = np.random.default_rng(0)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        assert sample(np.array([[3.0, 5.0, 4.0]]), rng, temperature=1e-30).tolist() == [1]
+        assert sample(np.array([[3.0, -np.inf, -np.inf]]), rng, top_p=1e-9).tolist() == [0]
+        assert sample(np.array([[1e30, -1e30]], np.float32), rng).tolist() == [0]
+
+
+class Fixed:
+    """A generator that draws one number only."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def random(self, shape):
+        return np.full(shape, self.number)
+
+
+@pytest.mark.parametrize("number, token", [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval(number, token):
+    logits = np.array([[-np.inf, 0.0, 0.1, 0.2, -np.inf]])
+    assert sample(logits, Fixed(number)).tolist() == [token]
+
+
+# With a model
+
+
+def test_cached_logits_are_the_uncached(model):
+    ids = tokens(2, TINY.n_positions)
+    with no_grad():
+        expected, cache, found = model(ids).numpy(), KeyValueCache(TINY.n_positions), []
+        for start, stop in itertools.pairwise([0, 1, 2, 40, 66, 67, 80]):
+            found.append(model(ids[:, start:stop], cache).numpy())
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="81 tokens"):
+        model(ids[:, :1], cache)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"seed": 1}, {"seed": 2, "temperature": 0.7, "top_k": 9, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("length, new", [(1, 20), (75, 12), (80, 3)])
+def test_cached_tokens_are_the_uncached(model, settings, length, new):
+    """Past the context of 80 too, where the window of tokens moves."""
+    ids = tokens(2, length)
+    cached = model.generate(ids, new, **settings)
+    assert cached.shape == (2, length + new) and np.array_equal(cached[:, :length], ids)
+    assert np.array_equal(cached, model.generate(ids, new, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_takes_the_likeliest(model, use_cache):
+    ids = tokens(2, 74)
+    found = model.generate(ids, 10, temperature=0, use_cache=use_cache)
+    for end in range(74, 84):
+        seen = found[:, max(0, end - 80) : end]
+        assert np.array_equal(model(seen).numpy()[:, -1].argmax(-1), found[:, end])
+
+
+def test_tokens_have_the_probabilities_of_the_model(model):
+    """At the second new token, so with the cache: its frequencies against the exact ones of two steps."""
+    prompt, n = tokens(1, 5), 4000
+    found = model.generate(np.repeat(prompt, n, axis=0), 2, seed=0, temperature=1.5)
+    first = softmax(model(prompt).numpy()[0, -1].astype(np.float64) / 1.5)
+    after = np.concatenate([np.repeat(prompt, 31, axis=0), np.arange(31)[:, None]], axis=1)
+    p = sum(w * softmax(row / 1.5) for w, row in zip(first, model(after).numpy()[:, -1].astype(np.float64)))
+    expected = n * p
+    statistic = ((np.bincount(found[:, -1], minlength=31) - expected) ** 2 / expected).sum()
+    assert statistic < 90  # 30 degrees of freedom: above once in ten million
+
+
+def test_the_seed_decides(model):
+    ids = tokens(2, 4)
+    one = model.generate(ids, 30, seed=7)
+    assert np.array_equal(one, model.generate(ids, 30, seed=7))
+    assert not np.array_equal(one, model.generate(ids, 30, seed=8))
+    assert not np.array_equal(model.generate(ids, 30), model.generate(ids, 30))
+    assert np.array_equal(model.generate(ids, 30, seed=7)[:, :14], model.generate(ids, 10, seed=7))
+
+
+def test_a_batch_writes_what_each_prompt_alone_does(model):
+    ids = tokens(4, 70)
+    together = model.generate(ids, 14, temperature=0)
+    for row, prompt in zip(together, ids):
+        assert np.array_equal(model.generate(prompt[None], 14, temperature=0)[0], row)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_is_given_and_what_comes_back(model, use_cache):
+    ids = tokens(3, 5)
+    settings = {"temperature": 0, "use_cache": use_cache}
+    expected = model.generate(ids, 4, **settings)
+    assert type(expected) is np.ndarray and expected.dtype.kind == "i"
+    for prompt in (ids.tolist(), ids.astype(np.uint16), Tensor(ids)):
+        found = generate(model, prompt, 4, **settings)
+        assert np.array_equal(found, expected)
+    assert np.array_equal(model.generate(ids, 0), ids)
+    assert model.generate(ids[:0], 4, **settings).shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    "ids, settings, said",
+    [
+        ([[]], {}, "length 1 or more"),
+        ([1, 2], {}, "(batch, length)"),
+        (np.zeros((1, 2, 3), int), {}, "(1, 2, 3)"),
+        ([[0.5]], {}, "integers"),
+        ([[True]], {}, "integers"),
+        (np.zeros((1, 81), int), {}, "81 tokens, and the model's context is 80"),
+        ([[0, 31]], {}, "token id 31 is out of range"),
+        ([[0, -1]], {}, "token id -1 is out of range"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([[1]], {"temperature": -0.1}, "temperature"),
+        ([[1]], {"temperature": float("nan")}, "temperature"),
+        ([[1]], {"top_k": 0}, "top_k"),
+        ([[1]], {"top_p": 0}, "top_p is 0"),
+        ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+        ([[1]], {"top_p": float("nan")}, "top_p is nan"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(model, ids, settings, said):
+    settings = {"max_new_tokens": 3, **settings}
+    assert said in one_line(pytest.raises(InputError, model.generate, ids, **settings))
+    assert said in one_line(pytest.raises(InputError, lambda: list(stream(model, ids, **settings))))
+
+
+# Streaming
+
+
+def count_steps(model, monkeypatch):
+    """A list that grows by (positions computed, in training mode) with each step of the model."""
+    steps, hidden_states = [], model.hidden_states
+
+    def counted(ids, cache=None):
+        steps.append((ids.shape[1], model.blocks[1].mlp.training or model.training))
+        return hidden_states(ids, cache)
+
+    monkeypatch.setattr(model, "hidden_states", counted, raising=False)
+    return steps
+
+
+def test_stream_gives_each_token_when_it_is_known(monkeypatch):
+    model, ids = scrambled(), tokens(2, 77)
+    expected = model.generate(ids, 6, seed=3)
+    steps = count_steps(model, monkeypatch)
+    for i, token in enumerate(stream(model, ids, 6, seed=3)):
+        assert token.shape == (2,) and np.array_equal(token, expected[:, 77 + i])
+        assert len(steps) == i + 1
+    # One position a step with the cache, until the window moves and all positions change.
+    assert [positions for positions, _ in steps] == [77, 1, 1, 1, 80, 80]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("leave", ["at the end", "close", "drop", "error"])
+def test_the_mode_comes_back(monkeypatch, training, leave):
+    model = scrambled().train(training)
+    steps = count_steps(model, monkeypatch)
+    tokens_of = stream(model, [[1, 2]], 4)
+    next(tokens_of)
+    assert not model.training and steps == [(2, False)]
+    if leave == "at the end":
+        list(tokens_of)
+    elif leave == "close":
+        tokens_of.close()
+    elif leave == "drop":
+        del tokens_of
+        gc.collect()
+    else:
+        monkeypatch.setattr(model, "head", None, raising=False)
+        with pytest.raises(TypeError):
+            list(tokens_of)
+    assert all(module.training is training for module in model.modules())
+
+
+def test_dropout_is_off_and_nothing_is_recorded(monkeypatch):
+    model = scrambled(replace(TINY, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    expected = scrambled().generate([[1, 2]], 8, temperature=0)
+    heads, head = [], model.head
+    monkeypatch.setattr(model, "head", lambda hidden: heads.append(head(hidden)) or heads[-1], raising=False)
+    assert np.array_equal(model.train().generate([[1, 2]], 8, temperature=0), expected)
+    assert len(heads) == 8 and not any(logits.requires_grad for logits in heads)
