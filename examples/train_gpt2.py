@@ -157,8 +157,8 @@ def resumed(args: argparse.Namespace, folder: Path) -> Trainer:
         given = str(value) if name in CHOICES and value is not None else value
         if name in saved and given is not None and given != saved[name]:
             raise InputError(
-                f"the run in {args.out} has --{name} {saved[name] or '(default)'}, and --resume goes on with that, "
-                f"not {given}: leave it out, or start another run with --init {args.out} --out ANOTHER"
+                f"the run in {args.out} has --{name} {saved[name] or '(default)'}, and --resume goes on with "
+                f"that, not {given}: leave it out, or start another run with --init {args.out} --out ANOTHER"
             )
     dtype = options.get("dtype", "float32")
     model, tokenizer = tinyllm.from_pretrained(folder, dtype), load_tokenizer(folder)
@@ -193,7 +193,7 @@ def trainer(
 def new_tokenizer(data: Path | None, preset: Preset) -> Tokenizer:
     if preset.vocabulary is None:
         return gpt2_tokenizer()
-    progress = lambda merges: tqdm(merges, desc="learning byte pairs", leave=False)
+    progress = lambda merges: tqdm(merges, desc="learning byte pairs", leave=False, disable=None)
     return corpus.train_tokenizer(data, preset.vocabulary, progress)
 
 
@@ -207,7 +207,8 @@ def memory_sum(config: GPT2Config, recipe: Recipe, itemsize: int, device: str) -
     """
     C, V, T = config.n_embd, config.vocab_size, recipe.context
     inner = config.n_inner or 4 * C
-    parameters = (V + config.n_positions) * C + config.n_layer * (4 * C * C + 2 * C * inner + 9 * C + inner)
+    layer = 4 * C * C + 2 * C * inner + 9 * C + inner
+    parameters = (V + config.n_positions) * C + config.n_layer * layer + 2 * C
     tokens = recipe.batch * T
     probabilities = config.n_head * T * (1.0 if device == "cuda" else 0.5)
     parts = {

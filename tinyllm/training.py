@@ -180,8 +180,8 @@ class Trainer:
     def _diverged(self, step: int, what: str) -> Diverged:
         last = checkpoints.latest(self.out)
         return Diverged(
-            f"the training diverged at step {step}: {what}, learning rate {self.optimizer.lr:.3g}; nothing was "
-            f"saved, the last good checkpoint is {last or 'none'}: start again with a smaller --lr"
+            f"the training diverged at step {step}: {what}, learning rate {self.optimizer.lr:.3g}; nothing "
+            f"was saved, the last good checkpoint is {last or 'none'}: start again with a smaller --lr"
         )
 
     def _evaluate(self, say: Callable[[str], None]) -> None:
