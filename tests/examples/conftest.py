@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 import autograd.functional as F
 from tinyllm import cli
@@ -19,6 +20,13 @@ from . import helpers
 from .helpers import Result
 
 Call = Callable[..., Result]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """On busy cores, threads that wait for each other take 100 times as long as small products."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,13 @@ from tinyllm import checkpoints
 from tinyllm.files import read_arrays, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+ENVIRONMENT |= {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUTF8": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 POSIX = os.name == "posix"
 LAPTOP_RUN = ["--steps", 24, "--batch", 4, "--context", 16]  # of the fixture laptop_run
 

@@ -90,8 +90,14 @@ def test_data(train, tmp_path, name, said):
     assert set(files(tmp_path / "out")) <= {"tokens.npy"}  # whole, and written anew by the next start
 
 
+def test_a_name_with_a_line_break(train, tmp_path):
+    refused(
+        train("--data", tmp_path / "no\nsuch.txt", "--out", tmp_path / "out"), "no such.txt does not exist"
+    )
+
+
 def test_a_corpus_that_only_just_is_long_enough(train, tmp_path):
-    """The shortest that trains, found by a letter at a time, and one letter less."""
+    """The shortest that trains, and one letter less."""
     data, out = tmp_path / "a.txt", tmp_path / "out"
     data.write_bytes(bytes(range(97, 97 + 18)))  # 18 tokens: 16 + 1 to train on, but 2 must be for validation
     line = refused(train("--data", data, "--out", out), "18 tokens, of which 16 are for training")

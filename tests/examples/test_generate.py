@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,25 +117,36 @@ def test_a_prompt_that_is_not_utf8(laptop_run, tmp_path):
     assert result.code == 0 and result.out.startswith("The ") and "Traceback" not in result.err
 
 
-def test_text_streams_as_it_is_written(laptop_run, tmp_path, generate, modules, monkeypatch, capsys):
-    """Each token's text is out before the next token is computed."""
-    made, seen = [], []
+class Pipe(io.RawIOBase):
+    """What has left the process."""
+
+    def __init__(self) -> None:
+        self.received = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        self.received += bytes(data)
+        return len(data)
+
+
+def test_text_streams_as_it_is_written(laptop_run, generate, modules, monkeypatch):
+    """Each token's text has left the process before the next token is computed."""
+    tokenizer, pipe, made = load_tokenizer(checkpoints.latest(laptop_run.out)), Pipe(), []
     stream = modules.generate.stream
 
-    def watched(*arguments: object, **settings: object) -> object:
+    def watched(*arguments: object, **settings: object) -> Iterator[np.ndarray]:
         for token in stream(*arguments, **settings):
-            seen.append(capsys.readouterr().out)
             made.append(int(token[0]))
             yield token
-        seen.append(capsys.readouterr().out)
+            text = "The" + tokenizer.decode(made).rstrip("\ufffd")  # it waits for the end of a character
+            assert pipe.received.decode().startswith(text)
 
     monkeypatch.setattr(modules.generate, "stream", watched)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(pipe), "utf-8", newline="\n"))
     assert generate(laptop_run.out, "The", "--tokens", 20, "--seed", 0).code == 0
-    tokenizer = load_tokenizer(checkpoints.latest(laptop_run.out))
-    assert len(seen) == 21
-    for count in range(1, 21):
-        text = "The" + tokenizer.decode(made[:count]).rstrip("\ufffd")  # it waits for the end of a character
-        assert "".join(seen[: count + 1]).startswith(text)
+    assert len(made) == 20 and pipe.received.decode() == "The" + tokenizer.decode(made) + "\n"
 
 
 @pytest.mark.skipif(not POSIX, reason="Windows sends no SIGINT to one process")

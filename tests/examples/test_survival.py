@@ -185,14 +185,13 @@ def test_a_file_where_the_folder_should_be(train, tmp_path, book):
     assert (tmp_path / "run").read_bytes() == b"mine"
 
 
-@pytest.mark.skipif(
-    not POSIX or os.geteuid() == 0, reason="root may write anywhere, and Windows has other rights"
-)
 def test_a_folder_without_the_right_to_write(train, tmp_path, book, tiny_run):
     out = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(out / "step-00000010")
     before = files(out)
     out.chmod(0o500)
+    if os.access(out, os.W_OK):
+        pytest.skip("this user may write anywhere")
     try:
         code, _, err = train("--out", out, "--resume")
         assert code == 2 and last_line(err).startswith("error: cannot write ")

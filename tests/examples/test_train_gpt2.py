@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import shlex
 import shutil
@@ -58,6 +59,7 @@ def test_a_whole_run_leaves_a_folder_that_holds_everything(laptop_run):
     ]  # fmt: skip
     assert (laptop_run.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(losses(laptop_run.out)) == 24
+    assert training(laptop_run.out)["options"]["recipe"]["shards"] == min(os.cpu_count(), 4)
     model = tinyllm.from_pretrained(laptop_run.out)
     assert model.context == 16
     assert model.vocabulary_size == load_tokenizer(newest).vocabulary_size
