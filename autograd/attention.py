@@ -73,7 +73,7 @@ def attention(
 
     def gradients(g: Array, needed: Any) -> Any:
         xp = array_module(q)
-        dq, dk, dv = xp.empty(q.shape, q.dtype), xp.zeros(k.shape, k.dtype), xp.zeros(v.shape, v.dtype)
+        dq, dk, dv = (xp.empty(a.shape, a.dtype) for a in (q, k, v))
         attend.backward(g, dq, dk, dv)
         return dq, dk, dv, *[None] * 5
 
@@ -102,7 +102,7 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
     attend = _Attend(q, k, v, causal, None, None, None, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
-        dqkv = array_module(qkv).zeros(split, qkv.dtype)
+        dqkv = array_module(qkv).empty(split, qkv.dtype)
         dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
         attend.backward(g.reshape(B, T, heads, split[-1]).transpose(0, 2, 1, 3), dq, dk, dv)
         return dqkv.reshape(qkv.shape), None, None, None
@@ -184,11 +184,15 @@ class _Attend:
         return True
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
-        """Fill dq, and add to dk and dv, from g (B, H, n, d_v).
+        """Fill dq, dk and dv from g (B, H, n, d_v).
 
         With g' = g / l:  dv = E g',  dP' = v g'^T,  dS = E * (dP' - rowsum(g' * out)), all (keys, queries).
         """
         xp = array_module(g)
+        # The last block comes first and sees the keys up to the last one: it fills, the others add.
+        first = self.blocks[-1][1].start if self.blocks else dk.shape[2]
+        dk[:, :, :first] = dv[:, :, :first] = 0
+        last = True
         while self.blocks:
             queries, keys, e, l = self.blocks.pop()
             g_rows = self._rows(g, queries) / l
@@ -199,13 +203,17 @@ class _Attend:
                 mask = self._keep(queries, keys)
                 ds *= mask
                 kept = e * mask
-            dv[:, :, keys] += kept @ g_rows
             ds -= D
             ds *= e
             rows = ds.swapaxes(-1, -2) @ self.k[:, :, keys]
             rows *= self.scale
             dq[:, :, queries] = rows.reshape(dq[:, :, queries].shape)
-            dk[:, :, keys] += ds @ (self._rows(self.q, queries) * self.scale)
+            for dx, part in ((dk, ds @ (self._rows(self.q, queries) * self.scale)), (dv, kept @ g_rows)):
+                if last:
+                    dx[:, :, keys] = part
+                else:
+                    dx[:, :, keys] += part
+            last = False
 
 
 def _columns(rows: Array) -> Array:

@@ -90,6 +90,11 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1]) if x.size else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _column_sums(g: Array) -> Array:
+    """The sum of the rows of g (N, C), as a product: the BLAS adds faster than the reduction does."""
+    return array_module(g).ones(len(g), g.dtype) @ g
+
+
 # Tables and linear maps.
 
 
@@ -128,7 +133,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Any:
         return (
             (g @ weight).reshape(x.shape) if needed[0] else None,
             g.T @ rows if needed[1] else None,
-            g.sum(axis=0) if len(needed) > 2 and needed[2] else None,
+            _column_sums(g) if len(needed) > 2 and needed[2] else None,
         )
 
     return out.reshape(*x.shape[:-1], weight.shape[0]), gradients
@@ -169,7 +174,7 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
         if len(needed) > 1 and needed[1]:
             dweight = xp.einsum("ij,ij->j", g, y)
         if len(needed) > 2 and needed[2]:
-            dbias = g.sum(axis=0)
+            dbias = _column_sums(g)
         if needed[0]:
             dx = g * weight if weight is not None else g.copy()
             slope = xp.einsum("ij,ij->i", dx, y)[:, None] * n

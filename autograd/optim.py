@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, array_module, to_device, to_host
 from .nn import Module, Parameter
-from .tensor import Tensor
 
-_CHUNK = 1 << 15  # elements whose parameters, gradient and state pass through the cache together
+_CHUNK = 1 << 17  # elements whose parameters, gradient and state pass through the cache together
 
 
 class _Group:
@@ -35,17 +34,14 @@ class _Group:
             p.data = self.flat[part].reshape(p.shape)
             self.views.append(p.data)
 
-    def gather_gradients(self) -> None:
-        for p, view, part in zip(self.parameters, self.views, self.slices):
-            if p.data is not view:
-                raise RuntimeError(
-                    "a parameter's array was replaced: make a new optimizer after moving a model"
-                )
-            if p.grad is None:
-                raise RuntimeError(
-                    f"a parameter of shape {p.shape} has no gradient: call backward before step"
-                )
-            self.grad[part] = p.grad.data.reshape(-1)
+    def gather_gradient(self, i: int) -> None:
+        """Copy the gradient of parameter i to its place in the flat one."""
+        p = self.parameters[i]
+        if p.data is not self.views[i]:
+            raise RuntimeError("a parameter's array was replaced: make a new optimizer after moving a model")
+        if p.grad is None:
+            raise RuntimeError(f"a parameter of shape {p.shape} has no gradient: call backward before step")
+        self.grad[self.slices[i]] = p.grad.data.reshape(-1)
 
     def chunks(self) -> Iterator[slice]:
         size = _CHUNK if array_module(self.flat) is np else max(self.flat.size, 1)
@@ -77,19 +73,23 @@ class Optimizer:
             for parameter in group.parameters:
                 parameter.grad = None
 
-    def step(self) -> None:
+    def step(self, run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map) -> None:
         """Update the parameters, in place, from their gradients.
 
+        run works through the pieces of the update, which are independent: map, or that of a thread pool.
+
         Raises:
-            RuntimeError: a parameter has no gradient.
+            RuntimeError: a parameter has no gradient; nothing is changed then.
         """
-        for group in self.groups:
-            group.gather_gradients()
+        gathers = [(group, i) for group in self.groups for i in range(len(group.parameters))]
+        list(run(lambda piece: piece[0].gather_gradient(piece[1]), gathers))
         self.steps += 1
-        for group in self.groups:
-            for chunk in group.chunks():
-                state = {slot: array[chunk] for slot, array in group.state.items()}
-                self.update(group.flat[chunk], group.grad[chunk], state, group.weight_decay)
+        chunks = [(group, chunk) for group in self.groups for chunk in group.chunks()]
+        list(run(lambda piece: self._update_chunk(*piece), chunks))
+
+    def _update_chunk(self, group: _Group, chunk: slice) -> None:
+        state = {slot: array[chunk] for slot, array in group.state.items()}
+        self.update(group.flat[chunk], group.grad[chunk], state, group.weight_decay)
 
     def update(self, p: Array, g: Array, state: dict[str, Array], weight_decay: float) -> None:
         """Change p and the state, in place, by one step with gradient g; g may be used up."""
@@ -188,19 +188,21 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
-    """Scale all gradients by min(1, max_norm / norm), norm the root of the sum of all their squares.
+def clip_grad_norm(
+    parameters: Sequence[Parameter],
+    max_norm: float,
+    run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+) -> float:
+    """Scale all gradients, in place, by min(1, max_norm / norm), norm the root of the sum of their squares.
 
     Returns the norm before clipping (Pascanu et al. 2013, algorithm 1). Nothing is scaled by a norm that is
-    not finite: the caller sees it and stops.
+    not finite: the caller sees it and stops. run works through the gradients, as in `Optimizer.step`.
     """
     gradients = [p.grad.data for p in parameters if p.grad is not None]
-    squares = [array_module(g).vdot(g, g) for g in gradients]
+    squares = run(lambda g: array_module(g).vdot(g, g), gradients)
     norm = math.sqrt(sum(float(s) for s in squares))
     if max_norm < norm < math.inf:
-        for p in parameters:
-            if p.grad is not None:
-                p.grad = Tensor(p.grad.data * p.grad.dtype.type(max_norm / norm))
+        list(run(lambda g: array_module(g).multiply(g, g.dtype.type(max_norm / norm), out=g), gradients))
     return norm
 
 

@@ -8,7 +8,8 @@ shard the BLAS runs single-threaded, for two layers of threads would fight over 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,11 +38,16 @@ class DataParallel:
 
     def __enter__(self) -> DataParallel:
         self._limits = threadpool_limits(1 if self.shards > 1 else None, user_api="blas")
+        # A thread that wants Python's lock asks for it after this long; the default, 5 ms, is longer than
+        # most operations of a small model take.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._limits.restore_original_limits()
+        sys.setswitchinterval(self._interval)
 
     def gradients(self, inputs: Array, targets: Array, seed: tuple[int, ...], parts: int = 1) -> float:
         """Add the gradients of loss / parts to every parameter's `.grad`; returns the mean loss in nats.
@@ -56,13 +62,16 @@ class DataParallel:
             loss = self.model.loss(ids, wanted, reduction="sum") * share
             return loss.item(), grad(loss, self.parameters)
 
-        results = self._map(run, inputs, targets)
-        for i, parameter in enumerate(self.parameters):
-            for _, found in results[1:]:
-                results[0][1][i].data += found[i].data
-            total = results[0][1][i]
+        losses, found = zip(*self._over_shards(run, inputs, targets))
+
+        def add(i: int) -> None:
+            total, parameter = found[0][i], self.parameters[i]
+            for other in found[1:]:
+                total.data += other[i].data
             parameter.grad = total if parameter.grad is None else Tensor(parameter.grad.data + total.data)
-        return sum(value for value, _ in results) * parts
+
+        self.map(add, range(len(self.parameters)))
+        return sum(losses) * parts
 
     def loss(self, inputs: Array, targets: Array) -> tuple[float, int]:
         """The summed loss of a batch in nats, without gradients, and how many targets count."""
@@ -71,12 +80,20 @@ class DataParallel:
             with no_grad():
                 return self.model.loss(ids, wanted, reduction="sum").item()
 
-        return sum(self._map(run, inputs, targets)), int((targets != -100).sum())
+        return sum(self._over_shards(run, inputs, targets)), int((targets != -100).sum())
 
-    def _map(self, run: Callable[..., Any], inputs: Array, targets: Array) -> list[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """[function(item) for item in items], each thread taking every shards-th item."""
+        items, n = list(items), self.shards
+        results = [None] * len(items)
+
+        def run(k: int) -> None:
+            results[k::n] = [function(item) for item in items[k::n]]
+
+        list((self._pool.map if n > 1 else map)(run, range(n)))
+        return results
+
+    def _over_shards(self, run: Callable[..., Any], inputs: Array, targets: Array) -> list[Any]:
         """run(number, inputs, targets) for each shard of the batch that is not empty."""
-        shards = zip(np.array_split(inputs, self.shards), np.array_split(targets, self.shards))
-        filled = [(i, a, b) for i, (a, b) in enumerate(shards) if len(a)]
-        if len(filled) == 1:
-            return [run(*filled[0])]
-        return list(self._pool.map(lambda shard: run(*shard), filled))
+        shards = enumerate(zip(np.array_split(inputs, self.shards), np.array_split(targets, self.shards)))
+        return self.map(lambda shard: run(shard[0], *shard[1]), [s for s in shards if len(s[1][0])])

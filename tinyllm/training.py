@@ -163,10 +163,10 @@ class Trainer:
             seed = (recipe.seed, step, part)
             losses.append(self.parallel.gradients(inputs, targets, seed, recipe.accumulate))
         loss = float(np.mean(losses))
-        norm = optim.clip_grad_norm(self.parallel.parameters, recipe.clip)
+        norm = optim.clip_grad_norm(self.parallel.parameters, recipe.clip, self.parallel.map)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(step + 1, f"loss {loss}, gradient norm {norm}")
-        self.optimizer.step()
+        self.optimizer.step(self.parallel.map)
         self.progress.losses.append(loss)
         return loss
 

@@ -56,8 +56,8 @@ def ours(size: str, fused: bool) -> dict[str, float]:
         def step(i: int) -> None:
             optimizer.zero_grad()
             parallel.gradients(x, y, (0, i))
-            optim.clip_grad_norm(parallel.parameters, 1.0)
-            optimizer.step()
+            optim.clip_grad_norm(parallel.parameters, 1.0, parallel.map)
+            optimizer.step(parallel.map)
 
         seconds = timed(step, steps if fused else max(2, steps // 4))
         peak = harness.peak_megabytes()
