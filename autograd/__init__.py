@@ -2,9 +2,9 @@
 
 from . import backend, functional, nn, optim
 from .draw import draw
-from .gradcheck import GradientError, gradcheck
+from .gradcheck import gradcheck
 from .primitives import *  # noqa: F403  (installs the operators on Tensor)
-from .tensor import Tensor, enable_grad, grad, is_recording, no_grad
+from .tensor import GradientError, Tensor, enable_grad, grad, is_recording, no_grad
 
 __all__ = [
     "GradientError", "Tensor", "backend", "draw", "enable_grad", "functional", "grad", "gradcheck",

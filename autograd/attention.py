@@ -84,7 +84,7 @@ def self_attention_composed(
     qkv: Tensor, heads: int, causal: bool = False, keep: Array | None = None
 ) -> Tensor:
     B, T, width = qkv.shape
-    packed = transpose(reshape(qkv, (B, T, 3, heads, width // (3 * heads))), (2, 0, 3, 1, 4))
+    packed = transpose(reshape(qkv, _packed(qkv.shape, heads)), (2, 0, 3, 1, 4))  # (3, B, H, T, d)
     out = attention_composed(packed[0], packed[1], packed[2], causal, keep=keep)  # (B, H, T, d)
     return reshape(transpose(out, (0, 2, 1, 3)), (B, T, width // 3))
 
@@ -97,7 +97,7 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
     views, so nothing is cut apart or joined.
     """
     B, T, width = qkv.shape
-    split = (B, T, 3, heads, width // (3 * heads))
+    split = _packed(qkv.shape, heads)
     q, k, v = qkv.reshape(split).transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
     attend = _Attend(q, k, v, causal, None, None, None, keep)
 
@@ -108,6 +108,13 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
         return dqkv.reshape(qkv.shape), None, None, None
 
     return attend.out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), gradients
+
+
+def _packed(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    """The shape (B, T, 3, heads, d) of qkv (B, T, 3 C)."""
+    if len(shape) != 3 or shape[2] % (3 * heads):
+        raise ValueError(f"self_attention: qkv {shape} is not (batch, length, 3 * {heads} heads * d)")
+    return (*shape[:2], 3, heads, shape[2] // (3 * heads))
 
 
 class _Attend:
@@ -141,6 +148,7 @@ class _Attend:
         for start in range(0, n, size):
             queries = slice(start, min(start + size, n))
             keys = _key_range(queries, n, m, causal, window)
+            # s (B, H_kv, keys, group * queries), l (B, H_kv, group * queries, 1)
             s = k[:, :, keys] @ _columns(self._rows(q, queries) * self.scale)
             visible = self._hide(s, queries, keys, m - n, causal, window, key_lengths)
             l = _exponentials(s, guarded=visible and (key_lengths is not None or n > m or not s.size))
@@ -167,9 +175,13 @@ class _Attend:
     def _hide(
         self, s: Array, queries: slice, keys: slice, offset: int, causal: bool, window: Any, key_lengths: Any
     ) -> bool:
-        """Set the scores of keys that a query may not see to -inf; True if there may be such."""
+        """Set the scores of keys that a query may not see to -inf; True if there may be such.
+
+        s (B, H_kv, keys, group * queries). In plain causal attention only the last square of a block needs
+        it: keys 0 ... always - 1 are seen by all its queries.
+        """
         xp = array_module(s)
-        always = 0  # the keys before this one are seen by every query of the block
+        always = 0
         if causal and window is None and key_lengths is None:
             always = min(max(queries.start + offset + 1 - keys.start, 0), s.shape[-2])
         masked = slice(keys.start + always, keys.stop)
@@ -177,7 +189,7 @@ class _Attend:
         if visible is None:
             return False
         hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
-        by_head = s.reshape(*s.shape[:3], self.heads[2], queries.stop - queries.start)
+        by_head = s.reshape(*s.shape[:3], self.heads[2], queries.stop - queries.start)  # (.., group, queries)
         by_head[:, :, always:] += (
             hidden.swapaxes(-1, -2)[..., None, :] if hidden.ndim == 2 else xp.moveaxis(hidden, -1, 2)
         )
@@ -197,7 +209,7 @@ class _Attend:
             queries, keys, e, l = self.blocks.pop()
             g_rows = self._rows(g, queries) / l
             D = xp.einsum("bhid,bhid->bhi", g_rows, self._rows(self.out, queries))[:, :, None, :]
-            ds = self.v[:, :, keys] @ _columns(g_rows)
+            ds = self.v[:, :, keys] @ _columns(g_rows)  # dP', (B, H_kv, keys, group * queries)
             kept = e
             if self.keep is not None:
                 mask = self._keep(queries, keys)

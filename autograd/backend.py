@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
+_cupy_missing = "which is not installed"
 try:
     import cupy
-except Exception:  # not installed, or installed for a CUDA that is not here
+except Exception as error:  # not installed, or installed for a CUDA that is not here
     cupy = None
+    if not isinstance(error, ModuleNotFoundError):
+        _cupy_missing = f"which fails: {error}"
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -62,7 +65,7 @@ def device_module(device: str) -> ModuleType:
         raise ValueError(f"unknown device {device!r}: use 'cpu' or 'cuda'")
     install = 'pip install -e ".[cuda12]" (CUDA 12) or pip install -e ".[cuda13]" (CUDA 13)'
     if cupy is None:
-        raise DeviceError(f"device 'cuda' needs CuPy, which is not installed: {install}")
+        raise DeviceError(f"device 'cuda' needs CuPy, {_cupy_missing}: {install}")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
@@ -118,7 +121,7 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     elif len(rows):
         order = np.argsort(rows, kind="stable")
         sorted_rows = rows[order]
-        starts = np.flatnonzero(np.diff(sorted_rows, prepend=sorted_rows[0] - 1))
+        starts = np.flatnonzero(np.concatenate([[True], sorted_rows[1:] != sorted_rows[:-1]]))
         target[sorted_rows[starts]] += np.add.reduceat(values[order], starts, axis=0)
 
 
@@ -128,6 +131,8 @@ _ERF_END = 6.0  # erf(6) is 1 to the last bit of a float64
 
 def _erf_table(terms: int) -> np.ndarray:
     """Taylor coefficients of erf at the nodes 0, 1/16, ... 6: row n holds erf^(n)(x) / n!.
+
+    With |x - x0| <= 1/32 eleven terms leave an error below 1e-17, six one below 1e-10.
 
     erf'(x) = 2/sqrt(pi) exp(-x^2), and each further derivative follows from the Hermite recurrence
     f_(n+1) = -2 x f_n - 2 (n - 1) f_(n-1)   (Abramowitz & Stegun 7.1.19).

@@ -5,6 +5,7 @@ Each runs fused where that pays, and as its composition from primitives after `u
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 _local = threading.local()
+_unseeded = itertools.count()
 
 
 def manual_seed(seed: int | tuple[int, ...]) -> None:
@@ -44,7 +46,7 @@ def manual_seed(seed: int | tuple[int, ...]) -> None:
 def _generator(device: str) -> Any:
     """This thread's generator on the device."""
     if not hasattr(_local, "generators"):
-        manual_seed(0)
+        manual_seed((0, next(_unseeded)))  # threads must not drop the same values
     if device not in _local.generators:
         _local.generators[device] = backend.generator(_local.seed, device)
     return _local.generators[device]
@@ -63,7 +65,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
     The expected value stays x (Srivastava et al. 2014, section 10).
     """
-    return x * Tensor(dropout_mask(x.shape, p, x.data)) if training and p > 0 else x
+    return x * Tensor(dropout_mask(x.shape, p, x.data)) if training and p else x
 
 
 def embedding(ids: Any, table: Tensor) -> Tensor:

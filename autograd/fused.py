@@ -47,6 +47,7 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
     """Make a differentiable operation of a function on raw arrays, with `composed` as its specification."""
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Tensor]:
+        """forward(arrays and settings) -> (result, gradients) becomes an operation on Tensors."""
         name = forward.__name__
         signature = inspect.signature(forward)
 
@@ -57,6 +58,8 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
                 args, kwargs = bound.args, bound.kwargs
             places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
             tensors = [args[i] for i in places]
+            if tensors and tensors[0].dtype.kind != "f":
+                raise TypeError(f"{name}: needs floating-point values, and these are {tensors[0].dtype}")
             data, backward = forward(*(a.data if isinstance(a, Tensor) else a for a in args), **kwargs)
 
             def gradients(g: Array, needed: Any) -> list[Array | None]:
@@ -67,7 +70,8 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
                 return [found[i] if wanted[i] else None for i in places]
 
             def composition() -> tuple[Tensor, list[Tensor]]:
-                inputs = [identity(t) for t in tensors]  # a path between two inputs must not count twice
+                # In op(x, f(x)) the gradient for x must not run through f here: the walk outside does that.
+                inputs = [identity(t) for t in tensors]
                 again = list(args)
                 for i, t in zip(places, inputs):
                     again[i] = t
@@ -113,6 +117,7 @@ def embedding_lookup(ids: Array, table: Array) -> Any:
 
 
 def linear_composed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_linear(x, weight, bias)
     out = matmul(x, weight.T)
     return out if bias is None else out + bias
 
@@ -123,6 +128,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Any:
 
     x (..., n), weight (m, n), bias (m) -> (..., m).
     """
+    _check_linear(x, weight, bias)
     rows = _rows(x)
     out = rows @ weight.T
     if bias is not None:
@@ -137,6 +143,13 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Any:
         )
 
     return out.reshape(*x.shape[:-1], weight.shape[0]), gradients
+
+
+def _check_linear(x: Any, weight: Any, bias: Any) -> None:
+    fits = len(weight.shape) == 2 and x.shape[-1:] == weight.shape[1:]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        given = f"x {x.shape}, weight {weight.shape}" + (f", bias {bias.shape}" if bias is not None else "")
+        raise ValueError(f"linear: {given} do not fit: they are (..., n), (m, n) and (m,)")
 
 
 # Norms over the last axis.
@@ -223,7 +236,7 @@ def rms_norm(x: Array, weight: Array | None = None, eps: float = 1e-6) -> Any:
 
 
 def relu(x: Tensor) -> Tensor:
-    """out = max(x, 0)."""
+    """out = max(x, 0).   dx = g where x > 0, and g / 2 at 0, where both sides meet."""
     return maximum_primitive(x, 0.0)
 
 
@@ -240,6 +253,7 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
     approximate "tanh": Phi(x) = (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, as in GPT;
     "none": Phi(x) = (1 + erf(x / sqrt 2)) / 2, as in BERT.
     With u = sqrt(2/pi) (x + 0.044715 x^3):  Phi' = 2 u' Phi (1 - Phi), so out' = Phi (1 + 2 u' (x - out)).
+    With erf:  Phi' = exp(-x^2 / 2) / sqrt(2 pi), so out' = Phi + x Phi'.
     """
     xp = array_module(x)
     saves = is_recording()
@@ -250,16 +264,17 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
         square = x * x
         phi = square * (c * 0.044715)
         phi += c
-        phi *= x
+        phi *= x  # u
         xp.tanh(phi, out=phi)
         phi *= 0.5
         phi += 0.5
         out = x * phi
         if saves:
-            square *= 6 * 0.044715 * c
-            square += 2 * c  # 2 u'
+            twice_du = square
+            twice_du *= 6 * 0.044715 * c
+            twice_du += 2 * c
             slope = x - out
-            slope *= square
+            slope *= twice_du
             slope += 1
             slope *= phi
     elif approximate == "none":
@@ -348,6 +363,7 @@ def cross_entropy_composed(
     reduction: str = "mean",
 ) -> Tensor:
     targets = targets.data if isinstance(targets, Tensor) else targets
+    _check_cross_entropy(logits.shape, targets, label_smoothing, reduction)
     logits = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     targets = targets.reshape(-1)
     (kept,) = (targets != ignore_index).nonzero()
@@ -374,6 +390,7 @@ def cross_entropy(
     (Szegedy et al. 2016, section 7). logits (..., V), targets (...) of integers -> (). Positions whose
     target is ignore_index do not count; reduction "sum" leaves the division by their number n away.
     """
+    _check_cross_entropy(logits.shape, targets, label_smoothing, reduction)
     p = _rows(logits).copy()
     loss, n = _cross_entropy_in_place(p, targets.reshape(-1), ignore_index, label_smoothing)
     scale = 1 / max(n, 1) if reduction == "mean" else 1.0
@@ -400,6 +417,8 @@ def linear_cross_entropy(
     With P = (p - q) / n from cross_entropy:  dx = g P W,  dW = g P^T x. The logits, the largest array of a
     step, are turned into P where they stand. x (..., C), weight (V, C), targets (...) -> ().
     """
+    _check_linear(x, weight, None)
+    _check_cross_entropy((*x.shape[:-1], len(weight)), targets, 0.0, reduction)
     rows = _rows(x)
     p = rows @ weight.T
     loss, n = _cross_entropy_in_place(p, targets.reshape(-1), ignore_index, 0.0)
@@ -424,6 +443,7 @@ def _cross_entropy_in_place(
 ) -> tuple[Array, int]:
     """The summed loss over the rows and how many count; logits (N, V) becomes p - q, zero where ignored.
 
+    With z = logits and smoothing s the loss of a row is  log(sum e^z) - (1 - s) z[target] - s mean(z).
     Blocks of rows that fit the cache go through all the passes at once; a large vocabulary goes row by row.
     """
     xp = array_module(logits, targets)
@@ -453,6 +473,17 @@ def _cross_entropy_in_place(
             z *= keep[:, None]
         total += loss.sum()
     return total, int(kept.sum())
+
+
+def _check_cross_entropy(logits: tuple[int, ...], targets: Any, smoothing: float, reduction: str) -> None:
+    if tuple(targets.shape) != tuple(logits[:-1]):
+        raise ValueError(
+            f"cross_entropy: targets {targets.shape} do not fit logits {logits}: one for each row"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction={reduction!r}: use 'mean' or 'sum'")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"cross_entropy: label_smoothing={smoothing} is not in [0, 1)")
 
 
 def checked_targets(targets: Array, vocabulary: int) -> Array:

@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import backend
-from .tensor import Tensor, enable_grad, grad, no_grad
-
-
-class GradientError(AssertionError):
-    """An analytic gradient disagrees with the numerical one; the message says where."""
+from .tensor import GradientError, Tensor, enable_grad, grad, no_grad
 
 
 def gradcheck(
@@ -105,7 +101,8 @@ def _upstream(
     if projections is not None:
         yield from (rng.standard_normal(size) for _ in range(projections))
     else:
-        yield from (np.eye(size)[k] * rng.choice((-1, 1)) * rng.uniform(0.5, 2) for k in range(size))
+        for unit in np.eye(size):
+            yield unit * rng.choice((-1, 1)) * rng.uniform(0.5, 2)
 
 
 def _weighted(results: Sequence[Tensor], v: Sequence[Any]) -> Tensor:
@@ -129,9 +126,6 @@ def _vector_jacobian(
     if not total.requires_grad:
         return [np.zeros(inputs[i].shape) for i in checked]
     found = grad(total, [inputs[i] for i in checked], create_graph=create_graph)
-    for i, g in zip(checked, found):
-        if g.shape != inputs[i].shape:
-            raise GradientError(f"input {i} has shape {inputs[i].shape}, but its gradient {g.shape}")
     return [g.numpy() for g in found]
 
 

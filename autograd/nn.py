@@ -23,7 +23,7 @@ class Parameter(Tensor):
 
 
 class Module:
-    """Parameters and other modules held as attributes, lists of modules included.
+    """Parameters and other modules held as attributes, or in lists and dicts that are attributes.
 
     A parameter's name is its path: "blocks.0.attention.weight". One tensor under two names, such as an
     output head tied to the embedding, counts once, under the first.
@@ -34,13 +34,19 @@ class Module:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """(attribute name, module) for each module held directly; those in a list as name.0, name.1 ..."""
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        """(name, value) of the attributes, and of what lists, tuples and dicts among them hold."""
         for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
+            if isinstance(value, dict):
+                yield from ((f"{name}.{key}", v) for key, v in value.items())
             elif isinstance(value, (list, tuple)):
-                yield from ((f"{name}.{i}", m) for i, m in enumerate(value) if isinstance(m, Module))
+                yield from ((f"{name}.{i}", v) for i, v in enumerate(value))
+            else:
+                yield name, value
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) for each module held directly; those in a list as name.0, name.1 ..."""
+        return ((name, value) for name, value in self._members() if isinstance(value, Module))
 
     def modules(self) -> Iterator[Module]:
         """This module and all below it."""
@@ -57,7 +63,7 @@ class Module:
                 yield name, parameter
 
     def _all_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        for name, value in vars(self).items():
+        for name, value in self._members():
             if isinstance(value, Parameter):
                 yield prefix + name, value
         for name, child in self.children():
@@ -91,8 +97,9 @@ class Module:
         ]
         if wrong:
             raise ValueError("load_state_dict: " + "; ".join(sorted(wrong)[:5]))
-        for name, array in own.items():
-            array[...] = backend.to_device(state[name], backend.device_of(array))
+        for name, parameter in self.named_parameters():
+            parameter.data[...] = backend.to_device(state[name], parameter.device)
+            parameter.version += 1
 
     def train(self, mode: bool = True) -> Module:
         """Training mode: dropout is on. Returns the module."""

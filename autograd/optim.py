@@ -23,6 +23,8 @@ class _Group:
     def __init__(self, parameters: Sequence[Parameter], weight_decay: float, slots: Sequence[str]) -> None:
         self.parameters, self.weight_decay = list(parameters), weight_decay
         arrays = [p.data.reshape(-1) for p in self.parameters]
+        if len({a.dtype for a in arrays}) > 1:
+            raise ValueError("the parameters of one group must have one precision: use model.to(dtype=...)")
         xp = array_module(*arrays)
         self.flat = xp.concatenate(arrays) if arrays else np.zeros(0, np.float32)
         self.grad = xp.zeros_like(self.flat)
@@ -84,6 +86,9 @@ class Optimizer:
         gathers = [(group, i) for group in self.groups for i in range(len(group.parameters))]
         list(run(lambda piece: piece[0].gather_gradient(piece[1]), gathers))
         self.steps += 1
+        for group in self.groups:
+            for parameter in group.parameters:
+                parameter.version += 1
         chunks = [(group, chunk) for group in self.groups for chunk in group.chunks()]
         list(run(lambda piece: self._update_chunk(*piece), chunks))
 

@@ -41,12 +41,18 @@ def _pair(name: str, a: Any, b: Any) -> tuple[Tensor, Tensor]:
             np.broadcast_shapes(a.shape, b.shape)
         except ValueError:
             raise ValueError(f"{name}: shapes {a.shape} and {b.shape} do not broadcast") from None
-    array_module(a.data, b.data)
+    array_module(a.data, b.data)  # raises if they are not on one device
     return a, b
 
 
 def _tensor(a: Any) -> Tensor:
     return a if isinstance(a, Tensor) else Tensor(a)
+
+
+def _floating(a: Any) -> Tensor:
+    """a as a Tensor; whole numbers become float64, as in NumPy's own functions."""
+    a = _tensor(a)
+    return a if a.dtype.kind == "f" else Tensor(a.data.astype("float64"))
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -124,8 +130,8 @@ def power(a: Any, b: Any) -> Tensor:
 
     def gradient_a(g: Tensor) -> Tensor:
         # A constant exponent 0 has the gradient 0, also at a = 0 where a^-1 is infinite.
-        less = b - 1 if b.requires_grad else where(b.data == 0, 1, b - 1)
-        return unbroadcast(g * (b * power(a, less)), a.shape)
+        exponent = b - 1 if b.requires_grad else where(b.data == 0, 1, b - 1)
+        return unbroadcast(g * (b * power(a, exponent)), a.shape)
 
     def gradient_b(g: Tensor) -> Tensor:
         zero = a.data == 0
@@ -141,7 +147,7 @@ def power(a: Any, b: Any) -> Tensor:
 
 def _power(a: Any, b: Any) -> Any:
     """a ** b; small whole exponents by multiplication, a hundred times faster than NumPy's pow."""
-    exponent = float(b) if b.size == 1 and b.ndim == 0 and array_module(b) is np else None
+    exponent = float(b) if b.ndim == 0 and a.dtype.kind == "f" and array_module(b) is np else None
     if exponent == 2:
         return a * a
     if exponent == 3:
@@ -174,12 +180,14 @@ def minimum(a: Any, b: Any) -> Tensor:
 
 
 def _share(wins: Any, ties: Any, g: Tensor) -> Tensor:
+    """1 where an operand wins, 1/2 where both are equal, else 0."""
     return Tensor(wins.astype(g.dtype) + ties.astype(g.dtype) * g.dtype.type(0.5))
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """out = a where condition, else b.   da = g where condition else 0,  db = 0 where condition else g."""
     condition = condition.data if isinstance(condition, Tensor) else condition
+    condition = np.asarray(condition) if isinstance(condition, (bool, list)) else condition
     a, b = _pair("where", a, b)
     xp = array_module(a.data, condition)
     try:
@@ -270,7 +278,7 @@ def sigmoid(a: Any) -> Tensor:
 
     Computed as (1 + tanh(a / 2)) / 2, which never overflows.
     """
-    a = _tensor(a)
+    a = _floating(a)
     half = a.dtype.type(0.5)
 
     def gradient(g: Tensor) -> Tensor:
@@ -282,7 +290,7 @@ def sigmoid(a: Any) -> Tensor:
 
 def erf(a: Any) -> Tensor:
     """out = 2/sqrt(pi) * integral of e^(-t^2) from 0 to a.   da = g * 2/sqrt(pi) * e^(-a^2)."""
-    a = _tensor(a)
+    a = _floating(a)
     return primitive("erf", backend.erf(a.data), (a, lambda g: g * (2 / math.sqrt(math.pi) * exp(-a * a))))
 
 
@@ -541,6 +549,9 @@ def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     tensors = [_tensor(t) for t in tensors]
     axis = _axes(axis, tensors[0].ndim)[0]
     xp = array_module(*(t.data for t in tensors))
+    shapes = [t.shape for t in tensors]
+    if any(s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
+        raise ValueError(f"concatenate: shapes {shapes} differ beside axis {axis}")
     before = (slice(None),) * axis
     inputs, start = [], 0
     for t in tensors:
@@ -677,6 +688,7 @@ def _install_methods() -> None:
     Tensor.__pow__ = power
     Tensor.__rpow__ = lambda self, other: power(other, self)
     Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
+    Tensor.__eq__, Tensor.__ne__, Tensor.__hash__ = equal, not_equal, object.__hash__
     Tensor.__lt__, Tensor.__le__, Tensor.__gt__, Tensor.__ge__ = less, less_equal, greater, greater_equal
     Tensor.T = property(transpose)
     for name in ("sum", "mean", "var", "max", "min", "logsumexp", "cumsum", "squeeze"):

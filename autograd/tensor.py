@@ -21,6 +21,11 @@ from .backend import Array, array_module
 
 _order = itertools.count()  # next() is atomic, so threads may share it
 _local = threading.local()
+_accumulating = threading.Lock()
+
+
+class GradientError(AssertionError):
+    """An operation's gradient is wrong, by its shape or by comparison with differences: a bug in it."""
 
 
 def is_recording() -> bool:
@@ -55,7 +60,7 @@ class Node:
     as they are used. The bare skeleton (names, shapes, edges) stays as long as the result does.
     """
 
-    __slots__ = ("name", "shape", "dtype", "edges", "gradients", "composition", "order")
+    __slots__ = ("name", "shape", "dtype", "edges", "versions", "gradients", "composition", "order")
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class Node:
         self.shape = data.shape
         self.dtype = data.dtype
         self.edges = tuple(_vertex(tensor) if tensor.requires_grad else None for tensor in inputs)
+        self.versions = [tensor.version for tensor in inputs]
         self.gradients = gradients
         self.composition = composition
         self.order = next(_order)
@@ -82,6 +88,12 @@ class Node:
                 f"the graph at {self.name!r} was freed by an earlier backward: run the forward pass again, "
                 "add the losses before one backward, or use grad(..., create_graph=True)"
             )
+        for edge, version in zip(self.edges, self.versions):
+            if isinstance(edge, Tensor) and edge.version != version:
+                raise RuntimeError(
+                    f"a parameter that {self.name!r} read was changed in place since, by an optimizer or "
+                    "load_state_dict: run the forward pass again, its old values are gone"
+                )
         if self.composition is None:  # a primitive: one function an input, written in primitives
             return [gradient(g) if need else None for gradient, need in zip(self.gradients, needed)]
         if create_graph:  # a fused operation differentiates twice through its composition
@@ -101,13 +113,14 @@ class Tensor:
     Tensor(array, requires_grad=False) wraps a NumPy or CuPy array (no copy), a number or nested lists.
     `.data` is the array, `.grad` the gradient (a Tensor) that `backward` accumulated into a leaf.
     Operators and methods (`+ - * / ** @`, indexing, sum, mean, exp, reshape ...) are named as in PyTorch and
-    defined in `primitives.py`. Nothing changes an array in place, so a graph never sees its past altered.
+    defined in `primitives.py`. No operation changes an array in place. Optimizers and load_state_dict do, and
+    count `.version` up, so that a graph which still needs the old values says so.
 
     Raises:
         TypeError: requires_grad for an array that is not floating-point.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "node", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "node", "version", "__weakref__")
     __array_ufunc__ = None  # array + tensor becomes tensor.__radd__(array)
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
@@ -116,6 +129,7 @@ class Tensor:
         self.data: Array = data if backend.is_array(data) else np.asarray(data)
         self.grad: Tensor | None = None
         self.node: Node | None = None
+        self.version = 0
         self.requires_grad = requires_grad
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(
@@ -172,8 +186,10 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward: no tensor with requires_grad=True took part in this result")
         gradient = _initial_gradient(self, gradient, "backward")
-        for leaf, g in _walk(self, gradient, None, create_graph=False):
-            leaf.grad = g if leaf.grad is None else Tensor(leaf.grad.data + g.data)
+        found = _walk(self, gradient, None, create_graph=False)
+        with _accumulating:  # threads may share leaves
+            for leaf, g in found:
+                leaf.grad = g if leaf.grad is None else Tensor(leaf.grad.data + g.data)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -325,11 +341,15 @@ def _walk(
                 node.gradients = node.composition = None
                 owned.discard(id(node))
             g = None
-            for edge, g_edge in zip(node.edges, found):
+            for i, (edge, g_edge) in enumerate(zip(node.edges, found)):
                 if g_edge is None:
                     continue
                 if targets is None and isinstance(edge, Tensor):
                     wanted[id(edge)] = edge
+                if g_edge.shape != edge.shape:
+                    raise GradientError(
+                        f"{node.name}: input {i} has shape {edge.shape}, but its gradient {g_edge.shape}"
+                    )
                 if g_edge.dtype != edge.dtype:
                     g_edge = g_edge.astype(edge.dtype)
                 if create_graph:
@@ -383,10 +403,12 @@ def grad(
     differentiated again, and the graph of output stays; without it that graph is freed.
 
     Raises:
-        RuntimeError: an input does not require gradients, or the graph was freed before.
+        RuntimeError: output has no graph, it was freed before, or an input does not require gradients.
         ValueError: output is not a single value and no grad_outputs is given, or the shapes differ.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if not output.requires_grad:
+        raise RuntimeError("grad: no tensor with requires_grad=True took part in this result")
     for i, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise RuntimeError(f"grad: input {i} does not require gradients: make it with requires_grad=True")

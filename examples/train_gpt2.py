@@ -35,7 +35,10 @@ from tinyllm.training import Interrupted, Recipe, Trainer
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of model and how it is trained; vocabulary None means GPT-2's own encoding."""
+    """A size of model and how it is trained; vocabulary None means GPT-2's own encoding.
+
+    The vocabulary and the context of the model follow from the tokenizer and the recipe.
+    """
 
     config: GPT2Config
     recipe: Recipe
@@ -44,15 +47,15 @@ class Preset:
 
 PRESETS = {
     "laptop": Preset(
-        GPT2Config(1280, 128, 128, 4, 4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        GPT2Config(n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         Recipe(),
         vocabulary=1280,
     ),
-    # Radford et al. 2019 with the optimizer of Brown et al. 2020, appendix B: 4 * 1024 * 128 = 0.5M tokens a
-    # step. The passes of 4 sequences are what a card of 10 GB holds; see the memory sum that it prints.
+    # Radford et al. 2019 with the optimizer of Brown et al. 2020, appendix B: 2 * 1024 * 256 = 0.5M tokens a
+    # step. Passes of 2 sequences leave a card of 10 GB some room; see the memory sum that a run prints.
     "gpt2-124m": Preset(
         GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        Recipe(steps=600_000, batch=4, context=1024, accumulate=128, lr=6e-4, warmup=2000),
+        Recipe(steps=600_000, batch=2, context=1024, accumulate=256, lr=6e-4, warmup=2000),
         vocabulary=None,
     ),
 }
@@ -83,7 +86,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-CHOICES = ("data", "preset", "init", "dtype")  # with the recipe's numbers, what a run cannot change later
+# With the recipe's numbers, what a run remembers and cannot change later; and what stands for not given.
+REMEMBERED = {"data": None, "init": None, "preset": "laptop", "dtype": "float32"}
+
+
+def remembered(args: argparse.Namespace, name: str) -> str | None:
+    """An option as a run remembers it: paths whole, so that it can be resumed from another folder."""
+    value = getattr(args, name)
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def main() -> None:
@@ -98,12 +108,11 @@ def main() -> None:
             f"{args.out} holds a run already: go on with --resume, or choose another folder with --out"
         )
     trainer = resumed(args, checkpoint) if args.resume else started(args)
+    print(f"stop with Ctrl-C; then, or after a crash, go on with:  {again(args)}\n")
     try:
         trainer.run()
     except Interrupted:
-        raise Interrupted(
-            f"saved at step {trainer.progress.step}; go on with {again(args)}"
-        ) from None
+        raise Interrupted(f"saved at step {trainer.progress.step}; go on with {again(args)}") from None
     print(f"\nthe model is in {checkpoints.latest(args.out)}, its loss curve in {args.out / 'loss.png'}")
     print(f'write with it:  python examples/generate.py {args.out} "The class statement"')
 
@@ -123,7 +132,9 @@ def started(args: argparse.Namespace) -> Trainer:
     preset = PRESETS[args.preset or "laptop"]
     chosen = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
     recipe = replace(preset.recipe, **{name: value for name, value in chosen.items() if value is not None})
-    recipe = replace(recipe, shards=1 if args.device == "cuda" else min(os.cpu_count() or 1, recipe.batch))
+    # Beyond 8 threads the shards of a small batch get too small to be worth one.
+    shards = 1 if args.device == "cuda" else min(os.cpu_count() or 1, recipe.batch, 8)
+    recipe = replace(recipe, shards=shards)
     if args.init:
         model, tokenizer = tinyllm.from_pretrained(args.init), load_tokenizer(checkpoints.resolve(args.init))
         if recipe.context > model.context and args.context is None:
@@ -138,9 +149,9 @@ def started(args: argparse.Namespace) -> Trainer:
         config = replace(preset.config, vocab_size=tokenizer.vocabulary_size, n_positions=recipe.context)
         model = GPT2(config, seed=recipe.seed)
     tokens = corpus.tokenize(args.data, tokenizer, args.out)
-    options = {name: str(getattr(args, name)) for name in CHOICES if getattr(args, name) is not None}
+    options = {name: remembered(args, name) or default for name, default in REMEMBERED.items()}
     options["corpus"] = corpus.fingerprint(tokens)
-    return trainer(args, model, tokenizer, tokens, recipe, options)
+    return make_trainer(args, model, tokenizer, tokens, recipe, options)
 
 
 def resumed(args: argparse.Namespace, folder: Path) -> Trainer:
@@ -149,29 +160,30 @@ def resumed(args: argparse.Namespace, folder: Path) -> Trainer:
     training = checkpoints.read_json(folder / "training.json")
     try:
         options = training["options"]
-        saved = {**options["recipe"], **{name: options.get(name) for name in CHOICES}}
+        saved = {**options["recipe"], **{name: options[name] for name in REMEMBERED}}
         recipe = Recipe(**{**options["recipe"], "betas": tuple(options["recipe"]["betas"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'training.json'} is not of a run of this script: {error}") from None
-    for name, value in vars(args).items():
-        given = str(value) if name in CHOICES and value is not None else value
-        if name in saved and given is not None and given != saved[name]:
+    for name in saved:
+        given = remembered(args, name) if name in vars(args) else None
+        if given is not None and given != saved[name]:
+            was = "(default)" if saved[name] is None else saved[name]
             raise InputError(
-                f"the run in {args.out} has --{name} {saved[name] or '(default)'}, and --resume goes on with "
+                f"the run in {args.out} has --{name} {was}, and --resume goes on with "
                 f"that, not {given}: leave it out, or start another run with --init {args.out} --out ANOTHER"
             )
-    dtype = options.get("dtype", "float32")
-    model, tokenizer = tinyllm.from_pretrained(folder, dtype), load_tokenizer(folder)
+    model, tokenizer = tinyllm.from_pretrained(folder, options["dtype"]), load_tokenizer(folder)
     check_fit(model, tokenizer)
-    data = Path(options["data"]) if "data" in options else None
+    data = Path(options["data"]) if options["data"] else None
     tokens = corpus.restore(data, tokenizer, args.out, options.get("corpus"))
     del options["recipe"]
-    run = trainer(args, model, tokenizer, tokens, recipe, options)
-    run.resume(folder)
-    return run
+    trainer = make_trainer(args, model, tokenizer, tokens, recipe, options)
+    trainer.resume(folder)
+    print(f"going on after step {trainer.progress.step:,}")
+    return trainer
 
 
-def trainer(
+def make_trainer(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Tokenizer,
@@ -179,14 +191,14 @@ def trainer(
     recipe: Recipe,
     options: dict[str, Any],
 ) -> Trainer:
-    model.to(args.device, options.get("dtype", "float32"))
+    model.to(args.device, options["dtype"])
     train, validation = corpus.cut(tokens, recipe.context)
     layers, width = model.config.n_layer, model.config.n_embd
     print(f"corpus: {len(train):,} tokens to train on, {len(validation):,} to validate")
     print(f"model:  GPT-2 with {model.parameter_count():,} parameters, {layers} layers of width {width}")
     print(f"memory: {memory_sum(model.config, recipe, model.dtype.itemsize, args.device)}")
     step = recipe.batch * recipe.context * recipe.accumulate
-    print(f"run:    {recipe.steps:,} steps of {step:,} tokens, into {args.out}\n")
+    print(f"run:    {recipe.steps:,} steps of {step:,} tokens, into {args.out}")
     return Trainer(model, tokenizer, train, validation, recipe, args.out, options, args.save_every)
 
 
@@ -200,10 +212,11 @@ def new_tokenizer(data: Path | None, preset: Preset) -> Tokenizer:
 def memory_sum(config: GPT2Config, recipe: Recipe, itemsize: int, device: str) -> str:
     """How the memory of a step adds up.
 
-    Weights, their gradients, the optimizer's flat copy of those and Adam's two moments are five times the
-    parameters. A layer keeps about 24 values of the width for each token, and the probabilities of its heads:
-    n_head for each earlier token, of which the CPU computes half. The logits are one row of the vocabulary
-    for each token.
+    For each parameter: its weight, a gradient from each shard, the optimizer's copy of that, Adam's two
+    moments. For each token, a layer keeps the input, the normalized input and the result of two norms (6 C),
+    q, k, v and the result of attention (4 C), the hidden layer of the MLP before and after GELU and GELU's
+    slope (3 inner), and the probabilities of its heads, n_head for each earlier token: the CPU computes only
+    the half that causal attention needs. The logits are one row of the vocabulary for each token.
     """
     C, V, T = config.n_embd, config.vocab_size, recipe.context
     inner = config.n_inner or 4 * C
@@ -212,8 +225,8 @@ def memory_sum(config: GPT2Config, recipe: Recipe, itemsize: int, device: str) -
     tokens = recipe.batch * T
     probabilities = config.n_head * T * (1.0 if device == "cuda" else 0.5)
     parts = {
-        "weights, gradients and optimizer": 5 * parameters,
-        "activations": tokens * config.n_layer * (24 * C + probabilities),
+        "weights, gradients and optimizer": (4 + recipe.shards) * parameters,
+        "activations": tokens * config.n_layer * (10 * C + 3 * inner + probabilities),
         "logits": tokens * V,
     }
     gigabytes = {name: count * itemsize / 1e9 for name, count in parts.items()}

@@ -31,7 +31,7 @@ def train_tokenizer(data: Path | None, vocabulary_size: int, progress: Callable 
         if total > _BPE_CHARACTERS:
             break
     text = "".join(head)
-    return train_bpe(text if total > _BPE_CHARACTERS else split(text)[0], vocabulary_size, progress)
+    return train_bpe(split(text)[0], vocabulary_size, progress)
 
 
 def tokenize(data: Path | None, tokenizer: Tokenizer, out: Path) -> np.ndarray:

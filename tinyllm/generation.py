@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autograd import Tensor, backend, no_grad
+from autograd import Tensor, backend, is_recording, no_grad
 from autograd.backend import Array
 from tinyllm.errors import InputError
 
@@ -30,6 +30,8 @@ class KeyValueCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, H_kv, T, d) of a layer; returns all so far (B, H_kv, length + T, d)."""
+        if is_recording() and k.requires_grad:
+            raise RuntimeError("a cache keeps no graph: use it inside no_grad()")
         B, H, T, d = k.shape
         if layer not in self._arrays:
             xp = backend.array_module(k.data)
@@ -59,7 +61,8 @@ def stream(
 
     temperature divides the logits (0: the likeliest token always); top_k keeps the k likeliest tokens; top_p
     the likeliest ones whose probabilities first reach p (Holtzman et al. 2020, section 3.1). The model sees
-    at most its context: past that, the last `context` tokens, computed anew each step.
+    at most its context: past that the last `context` tokens, computed anew each step, for every one of them
+    moves to another position.
 
     Raises:
         InputError: an empty prompt, one longer than the context, unknown ids, or a setting out of range.
@@ -105,6 +108,8 @@ def sample(
     top_p: float | None = None,
 ) -> np.ndarray:
     """A token for each row, from softmax(logits / temperature) cut to top_k and top_p. (B, V) -> (B,)."""
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise InputError("the model's scores are not finite numbers: its weights are damaged, or overflow")
     if temperature == 0:
         return logits.argmax(axis=-1)
     z = logits.astype(np.float64)

@@ -23,6 +23,7 @@ class PretrainedModel(nn.Module):
     """
 
     model_type: ClassVar[str]
+    config_class: ClassVar[Any]
     published_names: ClassVar[dict[str, str]]
     published_prefix: ClassVar[str] = ""  # of all names; absent in some old files
     transposed: ClassVar[frozenset[str]] = frozenset()  # our module names, {} for the layer
@@ -30,14 +31,12 @@ class PretrainedModel(nn.Module):
 
     def published_name(self, name: str) -> str:
         """The published name of one of our parameters: "blocks.3.norm_1.bias" -> "h.3.ln_1.bias"."""
-        module, _, kind = name.rpartition(".")
-        layer = re.search(r"\.(\d+)\.", name)
-        theirs = self.published_names[re.sub(r"\.\d+\.", ".{}.", module)]
-        return self.published_prefix + theirs.format(layer[1] if layer else "") + "." + kind
+        module, kind, layer = _without_layer(name)
+        return self.published_prefix + self.published_names[module].format(layer) + "." + kind
 
     def _is_transposed(self, name: str) -> bool:
-        module, _, kind = name.rpartition(".")
-        return kind == "weight" and re.sub(r"\.\d+\.", ".{}.", module) in self.transposed
+        module, kind, _ = _without_layer(name)
+        return kind == "weight" and module in self.transposed
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: Any = np.float32) -> Any:
@@ -68,6 +67,10 @@ class PretrainedModel(nn.Module):
         pretrained.match(weights, shapes, cls.ignored)
         for name, parameter in model.named_parameters():
             array = weights[model.published_name(name)]
+            if array.dtype != np.dtype(dtype):
+                raise InputError(
+                    f"{model.published_name(name)} in {folder} holds {array.dtype}, not real numbers"
+                )
             parameter.data = np.ascontiguousarray(array.T) if model._is_transposed(name) else array
         model.check_published(weights)
         return model.eval()
@@ -81,13 +84,19 @@ class PretrainedModel(nn.Module):
         for name, parameter in self.named_parameters():
             array = to_host(parameter.data)
             tensors[self.published_name(name)] = array.T if self._is_transposed(name) else array
-        dtype = {"float32": "float32", "float64": "float64", "float16": "float16"}[str(self.dtype)]
-        config = {"model_type": self.model_type, **self.config.to_published(), "dtype": dtype}
+        config = {"model_type": self.model_type, **self.config.to_published(), "dtype": str(self.dtype)}
         pretrained.write_weights(folder, config, tensors)
 
     @property
     def dtype(self) -> np.dtype:
         return self.parameters()[0].dtype
+
+
+def _without_layer(name: str) -> tuple[str, str, str]:
+    """ "blocks.3.norm_1.bias" -> ("blocks.{}.norm_1", "bias", "3")."""
+    module, _, kind = name.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", name)
+    return re.sub(r"\.\d+\.", ".{}.", module), kind, layer[1] if layer else ""
 
 
 class CausalModel(PretrainedModel):

@@ -33,7 +33,7 @@ class DataParallel:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         on_gpu = backend.device_of(self.parameters[0].data) != "cpu"
         self.shards = 1 if on_gpu else shards or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self.shards)
+        self._pool: ThreadPoolExecutor | None = None
         backend.keep_memory()
 
     def __enter__(self) -> DataParallel:
@@ -45,7 +45,9 @@ class DataParallel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
         self._limits.restore_original_limits()
         sys.setswitchinterval(self._interval)
 
@@ -90,6 +92,8 @@ class DataParallel:
         def run(k: int) -> None:
             results[k::n] = [function(item) for item in items[k::n]]
 
+        if n > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(n)
         list((self._pool.map if n > 1 else map)(run, range(n)))
         return results
 

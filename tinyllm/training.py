@@ -96,8 +96,9 @@ class Trainer:
         self.options = {**(options or {}), "recipe": {**asdict(recipe), "betas": list(recipe.betas)}}
         self.save_every = save_every
         self.sampler = Sampler(train, recipe.batch, recipe.context, recipe.seed)
-        self.validation = validation
-        self.bytes_per_token = bytes_per_token(tokenizer, validation)
+        # 100 batches tell the loss well enough, and a large corpus would take hours.
+        self.validation = validation[: 100 * recipe.batch * recipe.context + 1]
+        self.bytes_per_token = bytes_per_token(tokenizer, self.validation)
         self.optimizer = optim.AdamW(
             optim.decay_groups(model, recipe.weight_decay), recipe.lr, recipe.betas, eps=1e-8
         )
@@ -117,7 +118,7 @@ class Trainer:
             InputError: the disk refused a checkpoint; the one before it is intact.
         """
         recipe = self.recipe
-        evaluate_every = max(1, math.ceil(recipe.steps / 8))
+        evaluate_every = min(math.ceil(recipe.steps / 8), 1000)
         tokens_a_step = recipe.batch * recipe.context * recipe.accumulate
         with self.parallel, _interrupts() as interrupted:
             if not self.progress.validation:
@@ -156,7 +157,7 @@ class Trainer:
         self.optimizer.lr = self.learning_rate(step)
         self.optimizer.zero_grad()
         self.model.train()
-        self.sampler.position = step * recipe.accumulate
+        self.sampler.position = self._sampler_position()
         losses = []
         for part in range(recipe.accumulate):
             inputs, targets = self.sampler.next()
@@ -169,6 +170,10 @@ class Trainer:
         self.optimizer.step(self.parallel.map)
         self.progress.losses.append(loss)
         return loss
+
+    def _sampler_position(self) -> int:
+        """The batch that the next step begins with."""
+        return self.progress.step * self.recipe.accumulate
 
     def _check_weights(self) -> None:
         """Raise Diverged if the last update broke the weights, which else the next step's loss would show."""
@@ -206,7 +211,8 @@ class Trainer:
         """What the model writes now, after a prompt from the validation split."""
         prompt = np.asarray(self.validation[: min(8, max(1, self.recipe.context // 2))]).astype(np.int64)
         new = stream(self.model, prompt[None], tokens, temperature=0.8, top_k=50, seed=0)
-        text = self.tokenizer.decode([int(token[0]) for token in new])
+        # A model may have more rows than its tokenizer has tokens; they stand for nothing.
+        text = self.tokenizer.decode([i for (i,) in new if i < self.tokenizer.vocabulary_size])
         return f"   {self.tokenizer.decode(prompt)!r} -> {text!r}"
 
     def save(self) -> Path:
@@ -221,7 +227,7 @@ class Trainer:
                 folder / "training.json",
                 {
                     "step": self.progress.step,
-                    "sampler_position": self.progress.step * self.recipe.accumulate,
+                    "sampler_position": self._sampler_position(),
                     "validation": self.progress.validation,
                     "bytes_per_token": self.bytes_per_token,
                     "options": self.options,
@@ -244,7 +250,7 @@ class Trainer:
             losses = state.pop("losses").tolist()
             self.optimizer.load_state_dict(state)
             self.progress = Progress(losses, [(int(s), float(x)) for s, x in training["validation"]])
-            if training["step"] != len(losses):
+            if (training["step"], training["sampler_position"]) != (len(losses), self._sampler_position()):
                 raise ValueError(f"step {training['step']} with {len(losses)} losses")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder} does not hold the state of this run: {error}") from None

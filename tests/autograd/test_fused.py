@@ -172,3 +172,23 @@ def test_use_fused_switches_to_the_composition(name, data):
         functional.use_fused(True)
     (fused,) = run(row, public, case.tensors(), case, np)
     assert composed.node.composition is None and fused.node.composition is not None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_arguments_that_do_not_fit_are_named(fused):
+    pick = lambda name: OPERATIONS[name].fused if fused else OPERATIONS[name].composed
+    x = Tensor(np.ones((2, 3, 4)))
+    for targets in ((3, 2), (2,), (2, 3, 1)):
+        with pytest.raises(ValueError, match="targets .* do not fit logits"):
+            pick("cross_entropy")(x, np.zeros(targets, int))
+        with pytest.raises(ValueError, match="targets .* do not fit logits"):
+            pick("linear_cross_entropy")(x, Tensor(np.ones((5, 4))), np.zeros(targets, int))
+    right = np.zeros((2, 3), int)
+    for settings_ in ({"reduction": "none"}, {"label_smoothing": 1.5}):
+        with pytest.raises(ValueError, match="cross_entropy: "):
+            pick("cross_entropy")(x, right, **settings_)
+    for weight, bias in (((5, 3), None), ((4,), None), ((5, 4), (4,)), ((5, 4), (1,))):
+        with pytest.raises(ValueError, match=r"linear: x \(2, 3, 4\)"):
+            pick("linear")(x, Tensor(np.ones(weight)), None if bias is None else Tensor(np.ones(bias)))
+    with pytest.raises(ValueError, match=r"self_attention: qkv \(2, 3, 4\)"):
+        pick("self_attention")(x, 2)

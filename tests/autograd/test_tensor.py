@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,14 @@ from autograd import (
     is_recording,
     logsumexp,
     mul,
+    nn,
     no_grad,
     tanh,
     where,
 )  # fmt: skip
+from autograd import functional as F
 from autograd import primitives as P
+from autograd.optim import SGD
 from autograd.tensor import Node, RowsGradient, fused_result, primitive
 
 
@@ -800,3 +804,51 @@ def test_methods_take_torch_keywords():
     assert x.cumsum(dim=1).shape == (2, 3) and x.sum(-1).shape == (2,)
     assert Tensor(2.0).sum(axis=-1).shape == Tensor(2.0).max(axis=0).shape == ()
     assert x.transpose(0, 1).shape == (3, 2) and x.reshape((3, 2)).shape == x.reshape(-1, 2).shape == (3, 2)
+
+
+def test_a_graph_notices_that_a_parameter_was_changed_since():
+    w = nn.Parameter(np.array([1.0, 2.0]))
+    optimizer = SGD([w], lr=0.1)
+    old = (w * w).sum()
+    (w * 3).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="'mul' read was changed in place"):
+        old.backward()
+    module = nn.Linear(2, 2)
+    old = module(Tensor(np.ones((1, 2), np.float32))).sum()
+    module.load_state_dict({name: array + 1 for name, array in module.state_dict().items()})
+    with pytest.raises(RuntimeError, match="'linear' read was changed in place"):
+        old.backward()
+
+
+def test_threads_that_share_a_leaf_lose_no_gradient():
+    x = Tensor(np.zeros(3), requires_grad=True)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: (x * 1.0).sum().backward(), range(200)))
+    finally:
+        sys.setswitchinterval(before)
+    assert x.grad.numpy().tolist() == [200.0] * 3
+
+
+def test_grad_of_a_result_without_a_graph_is_an_error():
+    x = Tensor(np.ones(2), requires_grad=True)
+    with no_grad():
+        y = (x * x).sum()
+    with pytest.raises(RuntimeError, match="no tensor with requires_grad"):
+        grad(y, x)
+
+
+def test_equality_is_elementwise_and_tensors_are_keys():
+    x = Tensor(np.array([1.0, 2.0]))
+    assert (x == 1).numpy().tolist() == [True, False] and (x != 1).numpy().tolist() == [False, True]
+    assert {x: "x"}[x] == "x"
+
+
+def test_whole_numbers_have_a_sigmoid():
+    np.testing.assert_allclose(Tensor([0, 2]).sigmoid().numpy(), [0.5, 1 / (1 + np.exp(-2))])
+    assert (Tensor([1, 2]) ** 2.5).numpy().tolist() == [1.0, 2**2.5]
+    with pytest.raises(TypeError, match="silu: needs floating-point"):
+        F.silu(Tensor([1, 2]))

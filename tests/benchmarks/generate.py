@@ -78,7 +78,8 @@ def main() -> None:
     kinds = {kind: ([kind, "--tokens", str(args.tokens)], {}) for kind in ("ours", "pytorch", "transformers")}
     results = harness.rounds("tests.benchmarks.generate", kinds, args.rounds)
     print(
-        f"{os.cpu_count()} cores, NumPy {np.__version__}; {args.tokens} tokens, medians of {args.rounds} rounds"
+        f"{os.cpu_count()} cores, NumPy {np.__version__}; "
+        f"{args.tokens} tokens, medians of {args.rounds} rounds"
     )
     for kind, runs in results.items():
         times = "" if kind == "ours" else f"ours is {harness.ratio(results['ours'], runs, 'tokens/s'):.2f}x"

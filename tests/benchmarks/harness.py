@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,5 +40,10 @@ def ratio(a: list[dict], b: list[dict], key: str) -> float:
 
 
 def peak_megabytes() -> float:
+    """The largest resident size of this process so far; NaN on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)

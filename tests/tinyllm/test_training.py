@@ -75,7 +75,8 @@ def test_a_run_shorter_than_its_warm_up_reaches_the_peak(make):
 def test_each_step_is_made_with_its_rate(make, monkeypatch):
     trainer, used = make(), []
     step = trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda: (used.append(trainer.optimizer.lr), step()))
+    note = lambda *run: (used.append(trainer.optimizer.lr), step(*run))
+    monkeypatch.setattr(trainer.optimizer, "step", note)
     trainer.run(quiet)
     assert used == [trainer.learning_rate(step) for step in range(8)] and used[:2] == [0.005, 0.01]
 
@@ -266,12 +267,12 @@ def test_the_picture_of_the_loss(tokenizer, tokens, tmp_path):
 def test_ctrl_c_ends_after_the_step_and_saves(make, monkeypatch):
     trainer = make(save_every=100)
     handler = signal.getsignal(signal.SIGINT)
-    clip = trainer.optimizer.step
+    update = trainer.optimizer.step
 
-    def step() -> None:
+    def step(*run) -> None:
         if trainer.progress.step == 4:
             signal.raise_signal(signal.SIGINT)  # in the middle of the fifth step
-        clip()
+        update(*run)
 
     monkeypatch.setattr(trainer.optimizer, "step", step)
     with pytest.raises(Interrupted):
@@ -295,8 +296,8 @@ def test_ctrl_c_saves_no_broken_weights(make, monkeypatch):
     monkeypatch.setattr(trainer, "learning_rate", lambda step: 1e200 if step == 2 else 1e-3)
     update = trainer.optimizer.step
 
-    def step() -> None:
-        update()
+    def step(*run) -> None:
+        update(*run)
         if trainer.progress.step == 2:
             signal.raise_signal(signal.SIGINT)
 

@@ -95,7 +95,11 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention: each position reads from itself and the positions before it."""
+    """Causal self-attention: each position reads from itself and the positions before it.
+
+    For each head  softmax(q k^T / sqrt(d)) v  over those positions; `autograd.attention.attention_composed`
+    spells it out. With a cache, q holds the new positions only, k and v all so far.
+    """
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
@@ -211,7 +215,10 @@ class GPT2(CausalModel):
 
     def _ids(self, input_ids: Any) -> Array:
         ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        return array_module(self.token_embedding.weight.data).asarray(ids)
+        ids = array_module(self.token_embedding.weight.data).asarray(ids)
+        if ids.ndim != 2:
+            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
+        return ids
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), by the token embedding's own weights."""
