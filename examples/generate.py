@@ -1,7 +1,7 @@
 """Write text with a trained model: a run of train_gpt2.py, or a folder of published weights.
 
     python examples/generate.py runs/gpt2 "The class statement"
-    python examples/generate.py runs/gpt2 "The class statement" --temperature 0        the likeliest tokens
+    python examples/generate.py runs/gpt2 "The class statement" --temperature 0      # the likeliest tokens
     python examples/generate.py FOLDER "Once upon a time" --top-p 0.95 --tokens 200 --seed 1
 
 The text streams as it is written. FOLDER holds config.json, model.safetensors and the tokenizer's vocab.json

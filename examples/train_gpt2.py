@@ -1,15 +1,15 @@
 """Train a GPT-2 on text, on a laptop's CPU or on a GPU.
 
 Without arguments: learns a byte-pair encoding and a GPT-2 of about a million parameters from the prose of
-Python's own documentation, in under three minutes on 2 cores; the validation loss falls from about 7 to about
-3 nats a token. Everything goes to the folder runs/gpt2: checkpoints, and a picture of the loss.
+Python's own documentation, in two minutes on 2 cores. The validation loss falls from 7.2 to about 3.8 nats a
+token (1.9 bits a byte). Everything goes to the folder runs/gpt2: checkpoints, and a picture of the loss.
 
-    python examples/train_gpt2.py                              the whole job, no network
-    python examples/train_gpt2.py --resume                     go on after Ctrl-C, a crash or a power cut
+    python examples/train_gpt2.py                       # the whole job, no network
+    python examples/train_gpt2.py --resume              # go on after Ctrl-C, a crash or a power cut
     python examples/train_gpt2.py --data book.txt --out runs/book
-    python examples/train_gpt2.py --init FOLDER --data book.txt --lr 1e-4     fine-tune published weights
-    python examples/train_gpt2.py --preset gpt2-124m --data corpus.txt.gz --device cuda
-    python examples/generate.py runs/gpt2 "The class statement"               write with what was learned
+    python examples/train_gpt2.py --init FOLDER --data book.txt --lr 1e-4 --out runs/tuned   # fine-tune
+    python examples/train_gpt2.py --preset gpt2-124m --data corpus.txt.gz --device cuda --out runs/124m
+    python examples/generate.py runs/gpt2 "The class statement"          # write with what was learned
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Preset:
 
 PRESETS = {
     "laptop": Preset(
-        GPT2Config(n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        GPT2Config(n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0),
         Recipe(),
         vocabulary=1280,
     ),

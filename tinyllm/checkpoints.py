@@ -59,7 +59,7 @@ def save(out: str | Path, step: int, write: Callable[[Path], None], keep: int = 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     earlier = [folder for (at, _), folder in _complete(out) if at < step]
-    for folder in earlier[:max(0, len(earlier) - (keep - 1))]:
+    for folder in earlier[: max(0, len(earlier) - (keep - 1))]:
         _delete(folder)
     _sweep(out)
     return final
@@ -110,8 +110,11 @@ def _complete(out: Path) -> list[tuple[tuple[int, bool], Path]]:
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): _crc32(path)
-            for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CHECKSUMS}
+    return {
+        path.relative_to(folder).as_posix(): _crc32(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / CHECKSUMS
+    }
 
 
 def _crc32(path: Path) -> int:

@@ -91,8 +91,10 @@ def _decoded(path: Path) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         position = done - len(decoder.getstate()[0]) + error.start
-        raise InputError(f"{path} is not UTF-8: byte {position}, 0x{error.object[error.start]:02x}, fits no "
-                         "character; save it as UTF-8 or leave it out") from None
+        raise InputError(
+            f"{path} is not UTF-8: byte {position}, 0x{error.object[error.start]:02x}, fits no "
+            "character; save it as UTF-8 or leave it out"
+        ) from None
 
 
 def split(text: str, validation_fraction: float = 0.1) -> tuple[str, str]:
@@ -169,8 +171,10 @@ class Sampler:
         self.tokens, self.batch, self.context, self.seed = np.asarray(tokens), batch, context, seed
         n = len(self.tokens)
         if n < context + 1:
-            raise InputError(f"a corpus of {n} tokens is too short for a context of {context}, which needs "
-                             f"{context + 1}; give more text or a smaller context")
+            raise InputError(
+                f"a corpus of {n} tokens is too short for a context of {context}, which needs "
+                f"{context + 1}; give more text or a smaller context"
+            )
         self.windows = max(1, n // context - 1)  # in an epoch: one less than fit, so that the start can vary
         self.starts = n - self.windows * context  # places where the first window may start
         self.position = 0

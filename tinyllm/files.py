@@ -20,8 +20,21 @@ from safetensors.numpy import save_file
 
 from tinyllm.errors import InputError
 
-DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
-          "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": ml_dtypes.bfloat16}
+DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "BF16": ml_dtypes.bfloat16,
+}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 Arrays = Mapping[str, np.ndarray]
 Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, place in the file
@@ -34,8 +47,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path}: {reason} (what was saved before is untouched); "
-                         "make room there or choose another folder") from error
+        raise InputError(
+            f"cannot write {path}: {reason} (what was saved before is untouched); "
+            "make room there or choose another folder"
+        ) from error
 
 
 def sync(path: Path) -> None:
@@ -84,6 +99,7 @@ def json_writer(value: Mapping[str, Any]) -> Callable[[Path], None]:
 
 def array_writer(arrays: Arrays, metadata: dict[str, str] | None = None) -> Callable[[Path], None]:
     """A writer of `arrays` as safetensors, for `write_files`."""
+
     def write(path: Path) -> None:
         path.touch()
         mode = path.stat().st_mode
@@ -91,6 +107,7 @@ def array_writer(arrays: Arrays, metadata: dict[str, str] | None = None) -> Call
         # contiguous and, unlike ascontiguousarray, leaves a 0-d array 0-d.
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path, metadata)
         path.chmod(mode)  # newer versions of save_file leave a file that only its owner can read
+
     return write
 
 
@@ -150,8 +167,9 @@ class ArrayFile(Mapping[str, np.ndarray]):
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path} is damaged or not a safetensors file ({error}); "
-                             "save or download it again") from error
+            raise InputError(
+                f"{path} is damaged or not a safetensors file ({error}); save or download it again"
+            ) from error
         self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -21,7 +21,8 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 # Options of any model that say nothing about what it computes: where it comes from, its labels, its special
 # tokens, how transformers runs it, and the defaults of generation that old versions kept in config.json.
-HARMLESS = frozenset("""
+HARMLESS = frozenset(
+    """
     architectures transformers_version _name_or_path dtype torch_dtype task_specific_params finetuning_task
     id2label label2id num_labels _num_labels problem_type tokenizer_class
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
@@ -34,11 +35,16 @@ HARMLESS = frozenset("""
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens prefix
-""".split())
+""".split()
+)
 # Options that any config may carry and that change nothing at these values; a model may allow others.
 HARMLESS_AT: dict[str, Collection[Any]] = {
-    "is_decoder": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False,), "pruned_heads": ({}, None),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
 
@@ -51,8 +57,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def refuse_unknown(config: Mapping[str, Any], read: Collection[str] = (),
-                   only: Mapping[str, Collection[Any]] | None = None) -> None:
+def refuse_unknown(
+    config: Mapping[str, Any], read: Collection[str] = (), only: Mapping[str, Collection[Any]] | None = None
+) -> None:
     """Refuse every option of `config` that the model would otherwise silently ignore.
 
     `read`: options that the model follows, whatever their value. `only`: option -> the values the model
@@ -120,8 +127,12 @@ def read_weights(folder: str | Path, dtype: Any = np.float32) -> Weights:
     return Weights(folder, places, np.dtype(dtype))
 
 
-def write_weights(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
-                  max_shard_bytes: int = 5 * 10**9) -> None:
+def write_weights(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
     """Write a folder that transformers reads: config.json, and the tensors in one file or in shards.
 
     All files are on the disk before the first takes the place of an older one.
@@ -134,10 +145,15 @@ def write_weights(folder: str | Path, config: Mapping[str, Any], tensors: Mappin
             filled = 0
         shards[-1].append(name)
         filled += tensor.nbytes
-    names = [WEIGHTS] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    writers = {name: array_writer({key: tensors[key] for key in keys}, {"format": "pt"})
-               for name, keys in zip(names, shards)}
+    names = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    writers = {
+        name: array_writer({key: tensors[key] for key in keys}, {"format": "pt"})
+        for name, keys in zip(names, shards)
+    }
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
@@ -158,8 +174,11 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]], ignore: str =
     """
     missing = [name for name in shapes if name not in weights.shapes]
     left_over = [name for name in weights if name not in shapes and not re.fullmatch(ignore, name)]
-    misshapen = [f"{name} found {weights.shapes[name]} expected {tuple(shape)}"
-                 for name, shape in shapes.items() if weights.shapes.get(name, tuple(shape)) != tuple(shape)]
+    misshapen = [
+        f"{name} found {weights.shapes[name]} expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if weights.shapes.get(name, tuple(shape)) != tuple(shape)
+    ]
     found = {"missing": missing, "left over": left_over, "misshapen": misshapen}
     wrong = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in found.items() if names)
     if wrong:
@@ -186,8 +205,10 @@ def _shards(folder: Path) -> dict[str, tuple[ArrayFile, str]]:
 def _missing(folder: Path, wanted: str) -> InputError:
     message = f"{folder} has no {wanted}: {listing(folder)}"
     if folder.is_dir() and any(path.suffix in PICKLES for path in folder.iterdir()):
-        message += ("; pickled weights are refused, for they can run any code: load them with transformers "
-                    "and write them again with model.save_pretrained(folder, safe_serialization=True)")
+        message += (
+            "; pickled weights are refused, for they can run any code: load them with transformers "
+            "and write them again with model.save_pretrained(folder, safe_serialization=True)"
+        )
     return InputError(message)
 
 

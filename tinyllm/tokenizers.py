@@ -51,8 +51,9 @@ def train_bpe(text: str, vocabulary_size: int, progress: Callable = iter) -> "By
     progress wraps the iteration over merges, as tqdm does. Raises InputError if vocabulary_size < 257.
     """
     if vocabulary_size < 257:
-        raise InputError(f"a vocabulary of {vocabulary_size} is too small: 256 bytes and {END_OF_TEXT} "
-                         "need 257")
+        raise InputError(
+            f"a vocabulary of {vocabulary_size} is too small: 256 bytes and {END_OF_TEXT} need 257"
+        )
     occurrences = Counter(regex.findall(PATTERN, text))
     words, times = [list(word.encode()) for word in occurrences], list(occurrences.values())
     count: Counter = Counter()  # of each pair of neighbours, in the whole text
@@ -146,8 +147,9 @@ class BytePairTokenizer:
             if not SPECIAL.fullmatch(name) or name.encode() in self.ranks:
                 raise InputError(f"special token {name!r} must be written <...> or [...], and new")
         self.end_of_text = self.special_tokens.get(END_OF_TEXT)
-        self._encoding = tiktoken.Encoding("tinyllm", pat_str=PATTERN, mergeable_ranks=self.ranks,
-                                           special_tokens=self.special_tokens)
+        self._encoding = tiktoken.Encoding(
+            "tinyllm", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids. Text that looks like a special token is ordinary text unless allow_special."""
@@ -181,9 +183,14 @@ class BytePairTokenizer:
         merged = sorted((token for token in self.ranks if len(token) > 1), key=self.ranks.get)
         lines = [" ".join(map(spell, _halves(token, self.ranks))) for token in merged]
         merges = "\n".join(["#version: 0.2", *lines, ""]).encode()
-        write_files(folder, {"vocab.json": json_writer(vocabulary),
-                             "merges.txt": lambda path: path.write_bytes(merges),
-                             "tokenizer_config.json": json_writer({"tokenizer_class": "GPT2Tokenizer"})})
+        write_files(
+            folder,
+            {
+                "vocab.json": json_writer(vocabulary),
+                "merges.txt": lambda path: path.write_bytes(merges),
+                "tokenizer_config.json": json_writer({"tokenizer_class": "GPT2Tokenizer"}),
+            },
+        )
 
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -206,8 +213,10 @@ def _checked(ids: Iterable[int], size: int) -> list[int]:
     ids = [operator.index(i) for i in ids]
     for i in ids:
         if not 0 <= i < size:
-            raise InputError(f"token id {i} is outside the vocabulary of {size} tokens; "
-                             "use the tokenizer that the ids were made with")
+            raise InputError(
+                f"token id {i} is outside the vocabulary of {size} tokens; "
+                "use the tokenizer that the ids were made with"
+            )
     return ids
 
 
@@ -226,8 +235,10 @@ class CharacterTokenizer:
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
-            raise InputError(f"character {error.args[0]!r} is not among the {self.vocabulary_size} of this "
-                             "tokenizer; leave it out, or train on text that has it") from None
+            raise InputError(
+                f"character {error.args[0]!r} is not among the {self.vocabulary_size} of this "
+                "tokenizer; leave it out, or train on text that has it"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text; InputError for an id outside the vocabulary."""
@@ -248,8 +259,10 @@ Tokenizer = BytePairTokenizer | CharacterTokenizer
 def check_fit(model: Any, tokenizer: Tokenizer) -> None:
     """Raise InputError if the tokenizer has ids that the model, with its vocabulary_size, does not know."""
     if tokenizer.vocabulary_size > model.vocabulary_size:
-        raise InputError(f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
-                         f"{model.vocabulary_size}: they are not of one model")
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
+            f"{model.vocabulary_size}: they are not of one model"
+        )
 
 
 class StreamDecoder:
@@ -277,8 +290,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return _load_characters(folder / "characters.json")
     if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
         return _load_bpe(folder / "vocab.json", folder / "merges.txt")
-    raise InputError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or characters.json; "
-                     + listing(folder))
+    raise InputError(
+        f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or characters.json; "
+        + listing(folder)
+    )
 
 
 def _load_characters(path: Path) -> CharacterTokenizer:
@@ -342,7 +357,9 @@ def gpt2_tokenizer(seconds: float = 30) -> BytePairTokenizer:
     thread.join(seconds)
     encoding = result[0]
     if isinstance(encoding, Exception):
-        raise InputError(f"cannot fetch GPT-2's tokenizer ({type(encoding).__name__}); get a network, or a "
-                         "folder with GPT-2's vocab.json and merges.txt for load_tokenizer") from encoding
+        raise InputError(
+            f"cannot fetch GPT-2's tokenizer ({type(encoding).__name__}); get a network, or a "
+            "folder with GPT-2's vocab.json and merges.txt for load_tokenizer"
+        ) from encoding
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
     return BytePairTokenizer(ranks, {END_OF_TEXT: encoding.eot_token})

@@ -41,7 +41,7 @@ class Interrupted(Exception):
 class Recipe:
     """How to train: all numbers that the result depends on, apart from the model and the data."""
 
-    steps: int = 1400
+    steps: int = 1000
     batch: int = 16  # sequences in one forward and backward pass
     context: int = 128  # tokens in a sequence
     accumulate: int = 1  # passes before a step
@@ -269,7 +269,7 @@ def draw_losses(trainer: Trainer, path: Path) -> None:
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
     width = max(1, len(losses) // 50)
     mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], mean, color="tab:blue", label="training")
+    axes.plot(steps[width - 1 :] - (width - 1) / 2, mean, color="tab:blue", label="training")
     at, validation = np.array(trainer.progress.validation).reshape(-1, 2).T
     axes.plot(at, validation, "o-", color="tab:orange", label="validation")
     axes.set(xlabel="step", ylabel="nats a token", title=f"{trainer.out.name}: cross-entropy loss")
