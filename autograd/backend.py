@@ -36,7 +36,9 @@ def array_module(*arrays: Array) -> ModuleType:
     Raises:
         TypeError: the arrays live on different devices; nothing is ever copied across silently.
     """
-    on_gpu = [cupy is not None and isinstance(array, cupy.ndarray) for array in arrays]
+    if cupy is None:
+        return np
+    on_gpu = [isinstance(array, cupy.ndarray) for array in arrays]
     if not any(on_gpu):
         return np
     if not all(on_gpu):
@@ -49,7 +51,9 @@ def array_module(*arrays: Array) -> ModuleType:
 
 def is_array(value: object) -> bool:
     """True for a NumPy or CuPy array."""
-    return isinstance(value, np.ndarray) or (cupy is not None and isinstance(value, cupy.ndarray))
+    return type(value) is np.ndarray or isinstance(
+        value, np.ndarray if cupy is None else (np.ndarray, cupy.ndarray)
+    )
 
 
 def device_module(device: str) -> ModuleType:

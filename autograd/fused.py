@@ -52,15 +52,17 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
         signature = inspect.signature(forward)
 
         def run_fused(*args: Any, **kwargs: Any) -> Tensor:
-            if any(isinstance(value, Tensor) for value in kwargs.values()):  # gradients go by position
+            if kwargs and any(
+                isinstance(value, Tensor) for value in kwargs.values()
+            ):  # gradients go by place
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 args, kwargs = bound.args, bound.kwargs
             places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
             tensors = [args[i] for i in places]
-            if tensors and tensors[0].dtype.kind != "f":
+            if tensors and tensors[0].data.dtype.kind != "f":
                 raise TypeError(f"{name}: needs floating-point values, and these are {tensors[0].dtype}")
-            data, backward = forward(*(a.data if isinstance(a, Tensor) else a for a in args), **kwargs)
+            data, backward = forward(*[a.data if isinstance(a, Tensor) else a for a in args], **kwargs)
 
             def gradients(g: Array, needed: Any) -> list[Array | None]:
                 wanted = [False] * len(args)
@@ -192,7 +194,7 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
             dx = g * weight if weight is not None else g.copy()
             slope = xp.einsum("ij,ij->i", dx, y)[:, None] * n
             dx -= xp.einsum("ij->i", dx)[:, None] * n
-            dx -= y * slope
+            dx -= xp.multiply(y, slope, out=y)  # y has served
             dx *= scale
             dx = dx.reshape(x.shape)
         return dx, dweight, dbias

@@ -60,7 +60,7 @@ class Node:
     as they are used. The bare skeleton (names, shapes, edges) stays as long as the result does.
     """
 
-    __slots__ = ("name", "shape", "dtype", "edges", "versions", "gradients", "composition", "order")
+    __slots__ = ("name", "shape", "dtype", "edges", "leaves", "gradients", "composition", "order")
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Node:
         self.name = name
         self.shape = data.shape
         self.dtype = data.dtype
-        self.edges = tuple(_vertex(tensor) if tensor.requires_grad else None for tensor in inputs)
-        self.versions = [tensor.version for tensor in inputs]
+        self.edges = [(t.node or t) if t.requires_grad else None for t in inputs]
+        self.leaves = [(t, t.version) for t in inputs if t.node is None and t.requires_grad]
         self.gradients = gradients
         self.composition = composition
         self.order = next(_order)
@@ -88,8 +88,8 @@ class Node:
                 f"the graph at {self.name!r} was freed by an earlier backward: run the forward pass again, "
                 "add the losses before one backward, or use grad(..., create_graph=True)"
             )
-        for edge, version in zip(self.edges, self.versions):
-            if isinstance(edge, Tensor) and edge.version != version:
+        for leaf, version in self.leaves:
+            if leaf.version != version:
                 raise RuntimeError(
                     f"a parameter that {self.name!r} read was changed in place since, by an optimizer or "
                     "load_state_dict: run the forward pass again, its old values are gone"
@@ -102,9 +102,7 @@ class Node:
             found = iter(grad(output, wanted, g, create_graph=True))
             return [next(found) if need else None for need in needed]
         arrays = self.gradients(g.data, needed)
-        return [
-            array if array is None or isinstance(array, RowsGradient) else Tensor(array) for array in arrays
-        ]
+        return [a if a is None or isinstance(a, RowsGradient) else Tensor(a) for a in arrays]
 
 
 class Tensor:
