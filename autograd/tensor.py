@@ -310,51 +310,63 @@ def _walk(
 ) -> list[tuple[Node | Tensor, Tensor]]:
     """(vertex, gradient) for each target that the output depends on; for each leaf if targets is None.
 
+    Backpropagation is this loop, from the newest node to the oldest:
+
+        for node in newest_first:
+            for edge, g in zip(node.edges, node.input_gradients(gradients.pop(node))):
+                gradients[edge] += g
+
+    What is added skips nodes that lead to no target, and saves memory.
     Without create_graph a node is freed once its gradient is passed on: its closures, the arrays in them
     and its own gradient go at once, so memory falls as the walk proceeds.
     """
     root = _vertex(output)
-    nodes = _reachable(root)
-    matters = None  # the vertices through which a target is reached; None: all
     wanted = {id(root): root} if isinstance(root, Tensor) else {}
     if targets is not None:
         wanted = {id(target): target for target in targets}
-        matters = set(wanted)
-        for node in nodes:
-            if any(id(edge) in matters for edge in node.edges):
-                matters.add(id(node))
+    leads = set(wanted)  # the vertices from which a target is reached
+    plan = []  # (node, which of its inputs lead on), oldest first
+    for node in _reachable(root):
+        if targets is None:
+            needed = [edge is not None for edge in node.edges]
+            wanted.update((id(edge), edge) for edge in node.edges if isinstance(edge, Tensor))
+        else:
+            needed = [id(edge) in leads for edge in node.edges]
+        if True in needed:
+            leads.add(id(node))
+            plan.append((node, needed))
 
     gradients = {id(root): gradient}
     owned: set[int] = set()  # vertices whose gradient array nobody else holds: sums may go in place
     with _set_recording(create_graph):
-        while nodes:
-            node = nodes.pop()
-            g = gradients.get(id(node)) if id(node) in wanted else gradients.pop(id(node), None)
-            needed = [e is not None and (matters is None or id(e) in matters) for e in node.edges]
-            if g is None or not any(needed):
+        while plan:
+            node, needed = plan.pop()
+            key = id(node)
+            g = gradients.get(key) if key in wanted else gradients.pop(key, None)
+            if g is None:
                 continue
             fresh = node.composition is not None and not create_graph
             found = node.input_gradients(g, needed, create_graph)
-            if not create_graph:
+            if not create_graph:  # free: nothing here may hold on to an array that the rest does not need
                 node.gradients = node.composition = None
-                owned.discard(id(node))
+                owned.discard(key)
             g = None
-            for i, (edge, g_edge) in enumerate(zip(node.edges, found)):
+            for i, edge in enumerate(node.edges):
+                g_edge = found[i]
                 if g_edge is None:
                     continue
-                if targets is None and isinstance(edge, Tensor):
-                    wanted[id(edge)] = edge
                 if g_edge.shape != edge.shape:
                     raise GradientError(
                         f"{node.name}: input {i} has shape {edge.shape}, but its gradient {g_edge.shape}"
                     )
                 if g_edge.dtype != edge.dtype:
                     g_edge = g_edge.astype(edge.dtype)
-                if create_graph:
-                    before = gradients.get(id(edge))
-                    gradients[id(edge)] = g_edge if before is None else before + g_edge
-                else:
+                if not create_graph:
                     _accumulate(gradients, owned, id(edge), g_edge, fresh)
+                elif id(edge) in gradients:
+                    gradients[id(edge)] = gradients[id(edge)] + g_edge
+                else:
+                    gradients[id(edge)] = g_edge
             found = g_edge = None
 
     if not create_graph:
