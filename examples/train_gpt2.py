@@ -114,12 +114,12 @@ def main() -> None:
     except Interrupted:
         raise Interrupted(f"saved at step {trainer.progress.step}; go on with {again(args)}") from None
     print(f"\nthe model is in {checkpoints.latest(args.out)}, its loss curve in {args.out / 'loss.png'}")
-    print(f'write with it:  python examples/generate.py {args.out} "The class statement"')
+    print(f'write with it:  {cli.script("generate")} {args.out} "The class statement"')
 
 
 def again(args: argparse.Namespace) -> str:
     """The command that continues this run, with the options that a run does not remember."""
-    words = ["python examples/train_gpt2.py"]
+    words = [cli.script("train_gpt2")]
     words += [f"--out {args.out}"] if args.out != Path("runs/gpt2") else []
     words += [f"--device {args.device}"] if args.device != "cpu" else []
     words += [f"--save-every {args.save_every}"] if args.save_every != 200 else []

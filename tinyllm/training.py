@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,7 +214,8 @@ class Trainer:
         new = stream(self.model, prompt[None], tokens, temperature=0.8, top_k=50, seed=0)
         # A model may have more rows than its tokenizer has tokens; they stand for nothing.
         text = self.tokenizer.decode([i for (i,) in new if i < self.tokenizer.vocabulary_size])
-        return f"   {self.tokenizer.decode(prompt)!r} -> {text!r}"
+        lines = textwrap.indent(text, "   | ", lambda line: True)
+        return f"   after {self.tokenizer.decode(prompt)!r} it writes:\n{lines}"
 
     def save(self) -> Path:
         """Write a checkpoint, complete in itself, and the picture of the loss."""

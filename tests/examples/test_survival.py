@@ -84,8 +84,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_that_works(tmp_path, book, laptop_ru
     last = err.splitlines()[-1]
     newest = checkpoints.latest(tmp_path / "my-run")
     step = int(newest.name[5:])
-    assert 6 <= step < 24 and last.startswith(f"stopped: saved at step {step}; go on with python examples/")
-    script, *said = shlex.split(last.partition("python examples/")[2])
+    assert 6 <= step < 24 and last.startswith(f"stopped: saved at step {step}; go on with {sys.executable} ")
+    script, *said = shlex.split(last.partition(" examples/")[2])
     assert said == ["--out", "my-run", "--save-every", "100", "--resume"]
     result = run(script.removesuffix(".py"), *said, cwd=tmp_path)
     assert result.code == 0, result.err

@@ -134,9 +134,9 @@ def test_what_is_said_and_when(make):
 
 def test_a_sample_continues_the_validation_text(make, tokenizer):
     trainer = make()
-    prompt, _, written = trainer._sample(5).partition(" -> ")
-    assert prompt.strip() == repr(tokenizer.decode(trainer.validation[:4]))
-    assert written[0] in "'\"" and len(written) > 2
+    said, *written = trainer._sample(5).split("\n")
+    assert said == f"   after {tokenizer.decode(trainer.validation[:4])!r} it writes:"
+    assert len(written[0]) > 5 and all(line.startswith("   | ") for line in written)
     assert trainer._sample(5) == trainer._sample(5)
 
 
