@@ -185,6 +185,8 @@ class _Attend:
         if causal and window is None and key_lengths is None:
             always = min(max(queries.start + offset + 1 - keys.start, 0), s.shape[-2])
         masked = slice(keys.start + always, keys.stop)
+        if masked.start >= masked.stop:
+            return False
         visible = _visible(xp, queries, masked, offset, causal, window, key_lengths)
         if visible is None:
             return False

@@ -63,6 +63,8 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
             if tensors and tensors[0].data.dtype.kind != "f":
                 raise TypeError(f"{name}: needs floating-point values, and these are {tensors[0].dtype}")
             data, backward = forward(*[a.data if isinstance(a, Tensor) else a for a in args], **kwargs)
+            if not is_recording():
+                return Tensor(data)
 
             def gradients(g: Array, needed: Any) -> list[Array | None]:
                 wanted = [False] * len(args)
