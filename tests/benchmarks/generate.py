@@ -8,6 +8,7 @@ transformers' own generate.
 import argparse
 import json
 import os
+import statistics
 import time
 
 import numpy as np
@@ -19,9 +20,12 @@ PROMPT = np.random.default_rng(0).integers(0, 50257, (1, 32))
 
 def timed(generate, tokens: int) -> dict[str, float]:
     generate(4)
-    started = time.perf_counter()
-    generate(tokens)
-    seconds = time.perf_counter() - started
+    runs = []
+    for _ in range(3):
+        started = time.perf_counter()
+        generate(tokens)
+        runs.append(time.perf_counter() - started)
+    seconds = statistics.median(runs)
     return {"tokens/s": tokens / seconds, "peak": harness.peak_megabytes()}
 
 
