@@ -418,10 +418,11 @@ def test_attributes(cp):
 @pytest.mark.parametrize("other", [3, 2.5, True, np.float32(2), np.float64(2), np.int64(3)])
 def test_scalars_promote_as_in_numpy_2(cp, name, other):
     function = getattr(operator, name)
+    on_host = np.power if name == "pow" else function  # NumPy 2.2's ** has a shortcut that does not promote
     for dtype in (np.int32, np.float16, np.float32, np.float64):
         host = np.array([1, 2, 5], dtype)
         for order in (lambda a, b: (a, b), lambda a, b: (b, a)):
-            expected, found = function(*order(host, other)), function(*order(cp.asarray(host), other))
+            expected, found = on_host(*order(host, other)), function(*order(cp.asarray(host), other))
             assert type(found) is cp.ndarray and found.dtype == expected.dtype
             np.testing.assert_array_equal(found.get(), expected)
 
