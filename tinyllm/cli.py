@@ -49,6 +49,16 @@ def parser(text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def options(parser: argparse.ArgumentParser, *, out: str, steps: int) -> None:
+    """The options that every example has: --data, --steps, --seed, --device and --out."""
+    add = parser.add_argument
+    add("--data", type=path, help="a UTF-8 text file, a folder, or a .gz (default: Python's own docs)")
+    add("--steps", type=number(), default=steps, help=f"steps of the optimizer (default: {steps})")
+    add("--seed", type=number(int, 0), default=0, help="of weights, batches and sampling (default: 0)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
+    add("--out", type=path, default=Path(out), help=f"folder for what it makes (default: {out})")
+
+
 def path(text: str) -> Path:
     """A path given on the command line, ~ understood."""
     return Path(text).expanduser()

@@ -85,7 +85,7 @@ class DataParallel:
         return sum(self._over_shards(run, inputs, targets)), int((targets != -100).sum())
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """[function(item) for item in items], each thread taking every shards-th item."""
+        """[function(item) for item in items], each thread taking every shards-th item, this one the first."""
         items, n = list(items), self.shards
         results = [None] * len(items)
 
@@ -93,8 +93,11 @@ class DataParallel:
             results[k::n] = [function(item) for item in items[k::n]]
 
         if n > 1 and self._pool is None:
-            self._pool = ThreadPoolExecutor(n)
-        list((self._pool.map if n > 1 else map)(run, range(n)))
+            self._pool = ThreadPoolExecutor(n - 1)
+        others = [self._pool.submit(run, k) for k in range(1, n)]
+        run(0)
+        for other in others:
+            other.result()
         return results
 
     def _over_shards(self, run: Callable[..., Any], inputs: Array, targets: Array) -> list[Any]:

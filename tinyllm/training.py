@@ -11,7 +11,7 @@ import math
 import signal
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from autograd import optim
-from tinyllm import checkpoints
-from tinyllm.datasets import Sampler, bytes_per_token, evaluation_batches
+from tinyllm import checkpoints, plots
+from tinyllm.datasets import Batch, Sampler, bytes_per_token, evaluation_batches
 from tinyllm.errors import InputError
 from tinyllm.files import write_files
 from tinyllm.generation import stream
@@ -63,6 +63,11 @@ class Recipe:
         if self.seed < 0:
             raise InputError(f"the seed is {self.seed}, but must be 0 or more")
 
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step counted from 0."""
+        warmup = min(self.warmup, self.steps)
+        return optim.warmup_cosine(step, self.lr, warmup, self.steps, floor=0.1 * self.lr)
+
 
 @dataclass
 class Progress:
@@ -74,6 +79,92 @@ class Progress:
     @property
     def step(self) -> int:
         return len(self.losses)
+
+
+class Steps:
+    """The steps of the optimizer that a recipe asks for, whatever the batches hold.
+
+    The model has loss(inputs, targets, reduction) -> Tensor. Use it inside `with steps.parallel`.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.optimizer = optim.AdamW(
+            optim.decay_groups(model, recipe.weight_decay), recipe.lr, recipe.betas, eps=1e-8
+        )
+        self.parallel = DataParallel(model, recipe.shards)
+
+    def take(self, step: int, batches: Sequence[Batch]) -> float:
+        """Step number `step`, from 0, on batches (inputs, targets); returns the mean loss before it.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite; the weights are untouched.
+        """
+        self.optimizer.lr = self.recipe.learning_rate(step)
+        self.optimizer.zero_grad()
+        self.model.train()
+        losses = [
+            self.parallel.gradients(inputs, targets, (self.recipe.seed, step, part), len(batches))
+            for part, (inputs, targets) in enumerate(batches)
+        ]
+        loss = float(np.mean(losses))
+        norm = optim.clip_grad_norm(self.parallel.parameters, self.recipe.clip, self.parallel.map)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"loss {loss}, gradient norm {norm}")
+        self.optimizer.step(self.parallel.map)
+        return loss
+
+
+def mean_loss(model: Any, parallel: DataParallel, batches: Iterable[Batch]) -> float:
+    """Nats a target over all batches, in evaluation mode."""
+    total, count = 0.0, 0
+    model.eval()
+    for inputs, targets in batches:
+        nats, n = parallel.loss(inputs, targets)
+        total, count = total + nats, count + n
+    return total / count
+
+
+def fit(
+    model: Any,
+    batch: Callable[[int], Batch],
+    recipe: Recipe,
+    label: str = "",
+    validation: Callable[[], Iterable[Batch]] | None = None,
+    every: int = 100,
+) -> Progress:
+    """Train for an experiment of minutes, which keeps nothing on the disk; a progress bar shows it.
+
+    batch(step) gives the step's inputs and targets (the recipe's accumulate, batch and context are up to it),
+    validation() batches on which to measure the loss before the first, after each `every` and after the last
+    step. Ctrl-C ends the training early and keeps what it has learned so far; a second one stops at once.
+
+    Raises:
+        Diverged: a loss that is not finite.
+    """
+    steps, progress = Steps(model, recipe), Progress([], [])
+
+    def evaluate() -> None:
+        progress.validation.append((progress.step, mean_loss(model, steps.parallel, validation())))
+
+    with steps.parallel, _interrupts() as interrupted:
+        if validation:
+            evaluate()
+        bar = tqdm(range(recipe.steps), desc=label, unit="step", dynamic_ncols=True, leave=False)
+        for step in bar:
+            try:
+                progress.losses.append(steps.take(step, [batch(step)]))
+            except Diverged as error:
+                raise Diverged(f"{label} diverged at step {step + 1}: {error}; use a smaller --lr") from None
+            bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
+            last = step + 1 == recipe.steps or interrupted()
+            if validation and ((step + 1) % every == 0 or last):
+                evaluate()
+            if interrupted():
+                tqdm.write(f"{label} stopped early, after step {step + 1}")
+                break
+    model.eval()
+    return progress
 
 
 class Trainer:
@@ -100,11 +191,9 @@ class Trainer:
         # 100 batches tell the loss well enough, and a large corpus would take hours.
         self.validation = validation[: 100 * recipe.batch * recipe.context + 1]
         self.bytes_per_token = bytes_per_token(tokenizer, self.validation)
-        self.optimizer = optim.AdamW(
-            optim.decay_groups(model, recipe.weight_decay), recipe.lr, recipe.betas, eps=1e-8
-        )
+        self.steps = Steps(model, recipe)
+        self.optimizer, self.parallel = self.steps.optimizer, self.steps.parallel
         self.progress = Progress([], [])
-        self.parallel = DataParallel(model, recipe.shards)
 
     def bits_per_byte(self, loss: float) -> float:
         """Nats a token as bits a byte of text, which compares models with different vocabularies."""
@@ -147,28 +236,15 @@ class Trainer:
                     if interrupted() and step < recipe.steps:
                         raise Interrupted
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step counted from 0."""
-        r = self.recipe
-        return optim.warmup_cosine(step, r.lr, min(r.warmup, r.steps), r.steps, floor=0.1 * r.lr)
-
     def _step(self) -> float:
         """One step of the optimizer; returns the mean loss before it."""
-        recipe, step = self.recipe, self.progress.step
-        self.optimizer.lr = self.learning_rate(step)
-        self.optimizer.zero_grad()
-        self.model.train()
+        step = self.progress.step
         self.sampler.position = self._sampler_position()
-        losses = []
-        for part in range(recipe.accumulate):
-            inputs, targets = self.sampler.next()
-            seed = (recipe.seed, step, part)
-            losses.append(self.parallel.gradients(inputs, targets, seed, recipe.accumulate))
-        loss = float(np.mean(losses))
-        norm = optim.clip_grad_norm(self.parallel.parameters, recipe.clip, self.parallel.map)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged(step + 1, f"loss {loss}, gradient norm {norm}")
-        self.optimizer.step(self.parallel.map)
+        batches = [self.sampler.next() for _ in range(self.recipe.accumulate)]
+        try:
+            loss = self.steps.take(step, batches)
+        except Diverged as error:
+            raise self._diverged(step + 1, str(error)) from None
         self.progress.losses.append(loss)
         return loss
 
@@ -192,12 +268,9 @@ class Trainer:
 
     def _evaluate(self, say: Callable[[str], None]) -> None:
         """Measure the loss on the validation split."""
-        started, total, count = time.perf_counter(), 0.0, 0
-        self.model.eval()
-        for inputs, targets in evaluation_batches(self.validation, self.recipe.batch, self.recipe.context):
-            nats, n = self.parallel.loss(inputs, targets)
-            total, count = total + nats, count + n
-        loss, step = total / count, self.progress.step
+        started, step = time.perf_counter(), self.progress.step
+        batches = evaluation_batches(self.validation, self.recipe.batch, self.recipe.context)
+        loss = mean_loss(self.model, self.parallel, batches)
         if not math.isfinite(loss):
             raise self._diverged(step, f"validation loss {loss}")
         self.progress.validation.append((step, loss))
@@ -260,24 +333,12 @@ class Trainer:
 
 def draw_losses(trainer: Trainer, path: Path) -> None:
     """The loss curve: every step faintly, its running mean, the validation loss, and bits per byte."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    losses = np.array(trainer.progress.losses)
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
-    width = max(1, len(losses) // 50)
-    mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :] - (width - 1) / 2, mean, color="tab:blue", label="training")
+    figure, axes = plots.figure()
+    plots.training_curve(axes, trainer.progress.losses, "training", "tab:blue")
     at, validation = np.array(trainer.progress.validation).reshape(-1, 2).T
     axes.plot(at, validation, "o-", color="tab:orange", label="validation")
-    axes.set(xlabel="step", ylabel="nats a token", title=f"{trainer.out.name}: cross-entropy loss")
+    plots.finish(axes, xlabel="step", ylabel="nats a token", title=f"{trainer.out.name}: cross-entropy loss")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
     scale = trainer.bits_per_byte(1.0)
     right = axes.secondary_yaxis("right", functions=(lambda x: x * scale, lambda x: x / scale))
     right.set_ylabel("bits a byte")

@@ -18,7 +18,7 @@ import pytest
 from autograd import Tensor
 from tinyllm import checkpoints
 from tinyllm.parallel import DataParallel
-from tinyllm.training import Trainer
+from tinyllm.training import Recipe, Trainer
 
 from .helpers import LAPTOP_RUN, POSIX, files, finish, launch, losses, refused, run, same_run
 
@@ -263,7 +263,7 @@ def test_the_corpus_may_change_as_long_as_the_runs_tokens_are_there(
 
 def explode(monkeypatch: pytest.MonkeyPatch, what: str, at: int) -> None:
     """Let a training's loss, one gradient, or the weights become infinite or NaN at a step."""
-    gradients, rate, count = DataParallel.gradients, Trainer.learning_rate, iter(range(1, 1000))
+    gradients, rate, count = DataParallel.gradients, Recipe.learning_rate, iter(range(1, 1000))
 
     def broken(parallel: DataParallel, *arguments: object) -> float:
         loss = gradients(parallel, *arguments)
@@ -275,10 +275,10 @@ def explode(monkeypatch: pytest.MonkeyPatch, what: str, at: int) -> None:
             parallel.parameters[-1].grad = Tensor(grad)
         return np.nan if what == "loss" else loss
 
-    def leap(trainer: Trainer, step: int) -> float:
-        return 1e38 if step == at - 1 else rate(trainer, step)
+    def leap(recipe: Recipe, step: int) -> float:
+        return 1e38 if step == at - 1 else rate(recipe, step)
 
-    monkeypatch.setattr(*((Trainer, "learning_rate", leap) if what == "weights" else
+    monkeypatch.setattr(*((Recipe, "learning_rate", leap) if what == "weights" else
                           (DataParallel, "gradients", broken)))  # fmt: skip
 
 

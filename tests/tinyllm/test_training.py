@@ -59,17 +59,17 @@ def weights(trainer: Trainer) -> np.ndarray:
 # ---- the learning rate -----------------------------------------------------------------------------------
 
 
-def test_the_course_of_the_learning_rate(make):
+def test_the_course_of_the_learning_rate():
     """Up in equal steps to the peak, then half a cosine down to a tenth of it: cos 60° = 1/2, cos 90° = 0."""
-    rates = [make(Recipe(steps=10, warmup=4, context=8, lr=2.0)).learning_rate(step) for step in range(11)]
+    rates = [Recipe(steps=10, warmup=4, context=8, lr=2.0).learning_rate(step) for step in range(11)]
     root = math.sqrt(3) / 2
     cosines = [1, root, 1 / 2, 0, -1 / 2, -root, -1]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0] + [0.2 + 1.8 * (1 + c) / 2 for c in cosines])
 
 
-def test_a_run_shorter_than_its_warm_up_reaches_the_peak(make):
-    trainer = make(Recipe(steps=3, context=8, lr=3.0, warmup=100))
-    assert [trainer.learning_rate(step) for step in range(3)] == [1.0, 2.0, 3.0]
+def test_a_run_shorter_than_its_warm_up_reaches_the_peak():
+    recipe = Recipe(steps=3, context=8, lr=3.0, warmup=100)
+    assert [recipe.learning_rate(step) for step in range(3)] == [1.0, 2.0, 3.0]
 
 
 def test_each_step_is_made_with_its_rate(make, monkeypatch):
@@ -78,7 +78,7 @@ def test_each_step_is_made_with_its_rate(make, monkeypatch):
     note = lambda *run: (used.append(trainer.optimizer.lr), step(*run))
     monkeypatch.setattr(trainer.optimizer, "step", note)
     trainer.run(quiet)
-    assert used == [trainer.learning_rate(step) for step in range(8)] and used[:2] == [0.005, 0.01]
+    assert used == [trainer.recipe.learning_rate(step) for step in range(8)] and used[:2] == [0.005, 0.01]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_weights_that_were_never_good_are_not_trained(make):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_ctrl_c_saves_no_broken_weights(make, monkeypatch):
     trainer = make(save_every=100)
-    monkeypatch.setattr(trainer, "learning_rate", lambda step: 1e200 if step == 2 else 1e-3)
+    monkeypatch.setattr(Recipe, "learning_rate", lambda recipe, step: 1e200 if step == 2 else 1e-3)
     update = trainer.optimizer.step
 
     def step(*run) -> None:
