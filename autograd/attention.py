@@ -81,16 +81,18 @@ def attention(
 
 
 def self_attention_composed(
-    qkv: Tensor, heads: int, causal: bool = False, keep: Array | None = None
+    qkv: Tensor, heads: int, causal: bool = False, window: int | None = None, keep: Array | None = None
 ) -> Tensor:
     B, T, width = qkv.shape
     packed = transpose(reshape(qkv, _packed(qkv.shape, heads)), (2, 0, 3, 1, 4))  # (3, B, H, T, d)
-    out = attention_composed(packed[0], packed[1], packed[2], causal, keep=keep)  # (B, H, T, d)
+    out = attention_composed(packed[0], packed[1], packed[2], causal, window, keep=keep)  # (B, H, T, d)
     return reshape(transpose(out, (0, 2, 1, 3)), (B, T, width // 3))
 
 
 @fused(self_attention_composed)
-def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | None = None) -> Any:
+def self_attention(
+    qkv: Array, heads: int, causal: bool = False, window: int | None = None, keep: Array | None = None
+) -> Any:
     """attention among T positions, from q, k and v side by side as one linear map makes them.
 
     qkv (B, T, 3 C) -> (B, T, C). The heads are views of qkv, and its gradient is filled through the same
@@ -99,13 +101,14 @@ def self_attention(qkv: Array, heads: int, causal: bool = False, keep: Array | N
     B, T, width = qkv.shape
     split = _packed(qkv.shape, heads)
     q, k, v = qkv.reshape(split).transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
-    attend = _Attend(q, k, v, causal, None, None, None, keep)
+    check_shapes(q, k, v, causal, window, None)
+    attend = _Attend(q, k, v, causal, window, None, None, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
         dqkv = array_module(qkv).empty(split, qkv.dtype)
         dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
         attend.backward(g.reshape(B, T, heads, split[-1]).transpose(0, 2, 1, 3), dq, dk, dv)
-        return dqkv.reshape(qkv.shape), None, None, None
+        return dqkv.reshape(qkv.shape), *[None] * 4
 
     return attend.out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), gradients
 
@@ -120,10 +123,10 @@ def _packed(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
 class _Attend:
     """Attention on raw arrays, block by block of queries, so that keys no query sees cost nothing.
 
-    The H / H_kv query heads that share a key head stand side by side in one product. Scores stand
-    transposed, (keys, queries): NumPy takes the maximum and the sum over the first of two axes several
-    columns at a time. The probabilities P = E / l stay unnormalized, E = e^(S - max S), l their sums: it is
-    enough to divide the much smaller out and g by l.
+    The H / H_kv query heads that share a key head stand side by side in one product. Scores are indexed
+    (B, H_kv, keys, queries) and lie in memory with the keys outermost: the maximum and the sum over the keys
+    then add whole contiguous rows. The probabilities P = E / l stay unnormalized, E = e^(S - max S), l their
+    sums: it is enough to divide the much smaller out and g by l.
     """
 
     def __init__(
@@ -141,29 +144,39 @@ class _Attend:
         (B, H, n, d), (_, H_kv, m, d_v) = q.shape, v.shape
         self.q, self.k, self.v, self.keep, self.heads = q, k, v, keep, (B, H_kv, H // H_kv)
         self.scale = q.dtype.type(_scale(scale, d))
-        self.blocks: list[tuple[slice, slice, Array, Array]] = []  # (queries, keys, E, l) for the gradient
+        self.blocks: list[tuple[slice, slice, Array, Array]] = []  # queries, keys, E and 1 / l of each
         self.out = xp.empty((B, n, H, d_v), q.dtype).transpose(0, 2, 1, 3)  # (B, H, n, d_v)
         saves = is_recording()
         size = _QUERY_BLOCK if xp is np else max(n, 1)
         for start in range(0, n, size):
             queries = slice(start, min(start + size, n))
             keys = _key_range(queries, n, m, causal, window)
-            # s (B, H_kv, keys, group * queries), l (B, H_kv, group * queries, 1)
-            s = k[:, :, keys] @ _columns(self._rows(q, queries) * self.scale)
+            s = self._scores(k[:, :, keys], self._rows(q, queries) * self.scale)
             visible = self._hide(s, queries, keys, m - n, causal, window, key_lengths)
-            l = _exponentials(s, guarded=visible and (key_lengths is not None or n > m or not s.size))
+            inverse = _exponentials(s, guarded=visible and (key_lengths is not None or n > m or not s.size))
             kept = s if keep is None else s * self._keep(queries, keys)
             rows = kept.swapaxes(-1, -2) @ v[:, :, keys]  # (B, H_kv, group * queries, d_v)
-            rows /= l
+            rows *= inverse
             self.out[:, :, queries] = rows.reshape(B, H, queries.stop - start, d_v)
             if saves:
-                self.blocks.append((queries, keys, s, l))
+                self.blocks.append((queries, keys, s, inverse))
 
     def _rows(self, x: Array, queries: slice) -> Array:
         """x (B, H, n, d) of these queries as (B, H_kv, group * queries, d)."""
         B, H_kv, group = self.heads
         x = x[:, :, queries]
         return x if group == 1 else x.reshape(B, H_kv, group * x.shape[2], x.shape[3])
+
+    @staticmethod
+    def _scores(k: Array, rows: Array) -> Array:
+        """k rows^T.   k (B, H_kv, keys, d), rows (B, H_kv, queries, d) -> (B, H_kv, keys, queries).
+
+        The copy of rows, transposed, is repaid at once by the small products.
+        """
+        xp = array_module(k)
+        (B, H_kv, m, _), n = k.shape, rows.shape[2]
+        s = xp.empty((m, B, H_kv, n), k.dtype).transpose(1, 2, 0, 3)
+        return xp.matmul(k, xp.ascontiguousarray(rows.swapaxes(-1, -2)), out=s)
 
     def _keep(self, queries: slice, keys: slice) -> Array:
         """The mask of dropout, laid out like the scores."""
@@ -191,16 +204,17 @@ class _Attend:
         if visible is None:
             return False
         hidden = xp.where(visible, s.dtype.type(0), s.dtype.type(-math.inf))
-        by_head = s.reshape(*s.shape[:3], self.heads[2], queries.stop - queries.start)  # (.., group, queries)
-        by_head[:, :, always:] += (
-            hidden.swapaxes(-1, -2)[..., None, :] if hidden.ndim == 2 else xp.moveaxis(hidden, -1, 2)
-        )
+        hidden = xp.ascontiguousarray(hidden.swapaxes(-1, -2))  # (keys, queries), or one for each sequence
+        for head in range(self.heads[2]):  # of the group
+            width = queries.stop - queries.start
+            s[:, :, always:, head * width : (head + 1) * width] += hidden.reshape(-1, 1, *hidden.shape[-2:])
         return True
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
         """Fill dq, dk and dv from g (B, H, n, d_v).
 
-        With g' = g / l:  dv = E g',  dP' = v g'^T,  dS = E * (dP' - rowsum(g' * out)), all (keys, queries).
+        With g' = g / l:  dv = E g',  dP' = v g'^T,  dS = E * (dP' - rowsum(g' * out)), all (keys, queries);
+        the scale of the scores goes into dS.
         """
         xp = array_module(g)
         # The last block comes first and sees the keys up to the last one: it fills, the others add.
@@ -208,10 +222,11 @@ class _Attend:
         dk[:, :, :first] = dv[:, :, :first] = 0
         last = True
         while self.blocks:
-            queries, keys, e, l = self.blocks.pop()
-            g_rows = self._rows(g, queries) / l
-            D = xp.einsum("bhid,bhid->bhi", g_rows, self._rows(self.out, queries))[:, :, None, :]
-            ds = self.v[:, :, keys] @ _columns(g_rows)  # dP', (B, H_kv, keys, group * queries)
+            queries, keys, e, inverse = self.blocks.pop()
+            g_rows = self._rows(g, queries) * inverse
+            scaled = g_rows * self.scale
+            D = xp.einsum("bhid,bhid->bhi", scaled, self._rows(self.out, queries))[:, :, None, :]
+            ds = self._scores(self.v[:, :, keys], scaled)  # dP', (B, H_kv, keys, group * queries)
             kept = e
             if self.keep is not None:
                 mask = self._keep(queries, keys)
@@ -219,10 +234,8 @@ class _Attend:
                 kept = e * mask
             ds -= D
             ds *= e
-            rows = ds.swapaxes(-1, -2) @ self.k[:, :, keys]
-            rows *= self.scale
-            dq[:, :, queries] = rows.reshape(dq[:, :, queries].shape)
-            for dx, part in ((dk, ds @ (self._rows(self.q, queries) * self.scale)), (dv, kept @ g_rows)):
+            dq[:, :, queries] = (ds.swapaxes(-1, -2) @ self.k[:, :, keys]).reshape(dq[:, :, queries].shape)
+            for dx, part in ((dk, ds @ self._rows(self.q, queries)), (dv, kept @ g_rows)):
                 if last:
                     dx[:, :, keys] = part
                 else:
@@ -230,15 +243,10 @@ class _Attend:
             last = False
 
 
-def _columns(rows: Array) -> Array:
-    """rows (..., n, d) as (..., d, n), laid out so: a copy that small products repay at once."""
-    return array_module(rows).ascontiguousarray(rows.swapaxes(-1, -2))
-
-
 def _exponentials(s: Array, guarded: bool) -> Array:
-    """Turn scores (..., keys, queries) into E = e^(S - max S) in place; returns the sums l (..., queries, 1).
+    """Turn scores (..., keys, queries) into E = e^(S - max S) in place; returns 1 / sums, (..., queries, 1).
 
-    guarded: a query may see nothing; its E is 0, and its l is 1 so that its output is 0.
+    guarded: a query may see nothing; its E is 0, and the inverse is 1 so that its output is 0.
     """
     xp = array_module(s)
     if s.shape[-2] == 0:
@@ -249,7 +257,7 @@ def _exponentials(s: Array, guarded: bool) -> Array:
     s -= top
     xp.exp(s, out=s)
     l = s.sum(axis=-2)[..., None]
-    return xp.where(l == 0, s.dtype.type(1), l) if guarded else l
+    return 1 / (xp.where(l == 0, s.dtype.type(1), l) if guarded else l)
 
 
 def _scale(scale: float | None, d: int) -> float:

@@ -23,15 +23,20 @@ from .fused import (
     rms_norm,
     silu,
     softmax,
+    swiglu,
     use_fused,
 )
 from .fused import embedding_lookup as _embedding_lookup
+from .rotary import rotary
+from .rotary import rotary_attention as _rotary_attention
 from .tensor import Tensor
+from .wkv import wkv, wkv_state
 
 __all__ = [
     "attention", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "log_softmax", "manual_seed", "relu", "rms_norm", "self_attention", "silu",
-    "softmax", "use_fused",
+    "linear_cross_entropy", "log_softmax", "manual_seed", "relu", "rms_norm", "rotary",
+    "rotary_attention", "self_attention", "silu", "softmax", "swiglu", "use_fused", "wkv",
+    "wkv_state",
 ]  # fmt: skip
 
 _local = threading.local()
@@ -102,8 +107,38 @@ def attention(
     return _attention.attention(q, k, v, causal, window, key_lengths, scale, keep)
 
 
-def self_attention(qkv: Tensor, heads: int, *, causal: bool = False, dropout: float = 0.0) -> Tensor:
-    """attention among T positions, from q, k and v side by side.   qkv (B, T, 3 C) -> (B, T, C)."""
+def self_attention(
+    qkv: Tensor, heads: int, *, causal: bool = False, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
+    """attention among T positions, from q, k and v side by side.   qkv (B, T, 3 C) -> (B, T, C).
+
+    causal, window, dropout: as in `attention`.
+    """
     B, T, _ = qkv.shape
     keep = dropout_mask((B, heads, T, T), dropout, qkv.data) if dropout else None
-    return _attention.self_attention(qkv, heads, causal, keep)
+    return _attention.self_attention(qkv, heads, causal, window, keep)
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Array,
+    sin: Array,
+    *,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention among T positions, with q and k turned by `rotary` first; see `rotary.py`.
+
+    q (B, T, H d), k and v (B, T, H_kv d), cos and sin (T, d/2) -> (B, T, H d).
+    window, dropout: as in `attention`.
+
+    Raises:
+        ValueError: shapes that do not fit, named.
+    """
+    keep = None
+    if dropout:
+        B, T, width = q.shape
+        keep = dropout_mask((B, width // (2 * cos.shape[1]), T, T), dropout, q.data)
+    return _rotary_attention(q, k, v, cos, sin, window, keep)

@@ -323,6 +323,54 @@ def silu(x: Array) -> Any:
     return out, gradients
 
 
+def swiglu_composed(gate: Tensor, up: Tensor) -> Tensor:
+    _check_swiglu(gate, up)
+    return silu_composed(gate) * up
+
+
+@fused(swiglu_composed)
+def swiglu(gate: Array, up: Array) -> Any:
+    """out = y up with y = gate s, s = sigmoid(gate)   (Shazeer 2020, equation 6).
+
+    dup = g y,  dgate = g up (s + y (1 - s)).   gate and up have the same shape (...).
+    """
+    _check_swiglu(gate, up)
+    xp = array_module(gate, up)
+    saves = is_recording()
+    shape, gate, up = gate.shape, gate.reshape(-1), up.reshape(-1)
+    n = len(gate)
+    out = xp.empty(n, gate.dtype)
+    y, slope = (xp.empty(n, gate.dtype) for _ in range(2)) if saves else (out, None)
+    step = _BLOCK // 4 if xp is np else max(n, 1)  # five arrays share the cache
+    for start in range(0, n, step):
+        block = slice(start, start + step)
+        s = gate[block] * gate.dtype.type(0.5)
+        xp.tanh(s, out=s)
+        s += 1
+        s *= 0.5
+        y_block = xp.multiply(gate[block], s, out=y[block])
+        if saves:
+            rest = xp.subtract(1, s, out=slope[block])
+            rest *= y_block
+            rest += s
+            rest *= up[block]
+        xp.multiply(y_block, up[block], out=out[block])
+
+    def gradients(g: Array, needed: Any) -> Any:
+        g = g.reshape(-1)
+        return (
+            xp.multiply(g, slope, out=slope).reshape(shape) if needed[0] else None,
+            xp.multiply(g, y, out=y).reshape(shape) if needed[1] else None,
+        )
+
+    return out.reshape(shape), gradients
+
+
+def _check_swiglu(gate: Any, up: Any) -> None:
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: gate {gate.shape} and up {up.shape} do not fit: they have one shape")
+
+
 # Softmax and losses.
 
 
@@ -473,8 +521,8 @@ def _cross_entropy_in_place(
             z /= sums
         z[rows, t] -= 1 - smoothing
         if not keep.all():
-            loss *= keep
-            z *= keep[:, None]
+            loss[~keep] = 0  # not multiplied by 0: it may be infinite
+            z[~keep] = 0
         total += loss.sum()
     return total, int(kept.sum())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -125,9 +128,44 @@ class Module:
         return self
 
 
+_local = threading.local()
+
+
+@contextmanager
+def skeleton(most: float = math.inf) -> Iterator[None]:
+    """Inside, what `zeros` and `ones` make takes no memory: one number, seen from every place, not writable.
+
+    To count the parameters of a model of any size, or to build one whose weights are then read from a file.
+    In this thread only.
+
+    Raises:
+        ValueError: more than `most` parameters are made, or one of a shape that no array can have.
+    """
+    _local.room = most
+    try:
+        yield
+    finally:
+        _local.room = None
+
+
+def _filled(make: Callable[..., Array], shape: tuple[int, ...]) -> Parameter:
+    room = getattr(_local, "room", None)
+    if room is None:
+        return Parameter(make(shape, np.float32))
+    if not room:
+        raise ValueError("too many parameters")
+    _local.room -= 1
+    return Parameter(np.broadcast_to(make((), np.float32), shape))
+
+
 def zeros(*shape: int) -> Parameter:
     """A float32 parameter of zeros."""
-    return Parameter(np.zeros(shape, np.float32))
+    return _filled(np.zeros, shape)
+
+
+def ones(*shape: int) -> Parameter:
+    """A float32 parameter of ones."""
+    return _filled(np.ones, shape)
 
 
 class Linear(Module):
@@ -155,7 +193,7 @@ class LayerNorm(Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
-        self.weight = Parameter(np.ones(width, np.float32))
+        self.weight = ones(width)
         self.bias = zeros(width)
         self.eps = eps
 
@@ -167,7 +205,7 @@ class RMSNorm(Module):
     """x / sqrt(mean of x^2 + eps) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
-        self.weight = Parameter(np.ones(width, np.float32))
+        self.weight = ones(width)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

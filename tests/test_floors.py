@@ -23,7 +23,7 @@ THIRD_PARTY = {
     "kernels": {"numpy", "cupy"},
     "autograd": {"numpy", "cupy", "cupyx"},
     "tinyllm": {"numpy", "ml_dtypes", "safetensors", "tiktoken", "tokenizers", "tqdm", "matplotlib"}
-    | {"threadpoolctl", "huggingface_hub", "regex"},
+    | {"threadpoolctl", "huggingface_hub", "regex", "jinja2"},
     "examples": {"numpy", "tqdm", "matplotlib"},
 }
 # Models that are a published variation of another, or wrap any: there the subclass is the lesson.

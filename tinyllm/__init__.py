@@ -14,7 +14,18 @@ from tinyllm.pretrained import read_config
 
 __all__ = ["InputError", "fetched", "from_pretrained", "models"]
 
-_MODELS = {cls.model_type: cls for cls in (models.GPT2,)}
+_MODELS = {
+    cls.model_type: cls
+    for cls in (
+        models.Bigram,
+        models.GPT1,
+        models.GPT2,
+        models.GPT3,
+        models.LLaMA,
+        models.Mistral,
+        models.RWKV,
+    )
+}
 
 
 def from_pretrained(folder_or_hub_name: str | Path, dtype: Any = np.float32) -> Any:
@@ -47,7 +58,8 @@ def fetched(name: str | Path) -> Path:
             f'there is no folder {name}; to fetch a model of that name: pip install -e ".[hub]"'
         ) from None
     try:
-        files = ["config.json", "*.safetensors*", "vocab.json", "merges.txt", "tokenizer*"]
+        files = ["config.json", "generation_config.json", "model*.safetensors*", "vocab.json", "merges.txt"]
+        files += ["tokenizer*", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,16 +1,22 @@
-"""From files to batches: text, token files too large for memory, and windows of tokens to learn from.
+"""From files to batches: text, documents, token files too large for memory, and windows of tokens.
 
 A causal model learns from every position at once: the inputs t[i], ..., t[i + T - 1] have the targets
 t[i + 1], ..., t[i + T], with T the context.
 """
 
+import ast
 import codecs
 import gzip
+import importlib.util
 import math
+import os
 import re
+import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,12 +36,160 @@ def default_corpus() -> str:
     rule tables. The topics quote each other: about a tenth of the last tenth stands word for word in the
     rest, so the loss on a validation split is slightly too good. Raises InputError where Python lacks them.
     """
+    return "\n\n".join(_topics().values()) + "\n"
+
+
+def _topics() -> dict[str, str]:
+    """The topics of Python's help, in alphabetical order, cleaned."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise InputError("this Python lacks pydoc_data, the default corpus; give text with --data") from None
-    text = "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
-    return re.sub(r"^ *[-=*~^+|]{3,}\n", "", text, flags=re.MULTILINE)
+    ruled = re.compile(r"^ *[-=*~^+|]{3,}\n", re.MULTILINE)
+    return {name: ruled.sub("", topics[name].strip("\n") + "\n").strip("\n") for name in sorted(topics)}
+
+
+class Document(NamedTuple):
+    """A text with the name that it goes by, and the class that it belongs to."""
+
+    label: str
+    name: str
+    text: str
+
+
+def documents(kind: str) -> list[Document]:
+    """The documents that come with every Python, no two with the same text, always in the same order.
+
+    "prose"       the topics of help("topics"): 360,000 characters. Label "topics". They quote each other, so
+                  a paragraph stands only in the shortest topic that has it.
+    "docstrings"  of the modules, classes and functions of the standard library: 7,000 of them, 1.5 million
+                  characters. Label: the top-level package or module; name: "json.decoder.JSONDecoder.decode".
+    "sources"     the modules of the standard library as they stand: 400 of them, 8 million characters. Label:
+                  the top-level package or module; name: "json.decoder".
+
+    Nothing is imported: the sources are read and parsed. Tests, tables of characters and IDLE are left out.
+    Raises InputError for another kind, and where this Python comes without the sources.
+    """
+    if kind == "prose":
+        return _distinct(_prose())
+    if kind == "docstrings":
+        return _distinct(found for module in _modules() for found in _docstrings(module))
+    if kind == "sources":
+        return _distinct(_modules())
+    raise InputError(f"there are no documents of the kind {kind!r}; take prose, docstrings or sources")
+
+
+def _distinct(found: Iterable[Document]) -> list[Document]:
+    """The first document of each text, empty ones left out."""
+    first: dict[str, Document] = {}
+    for document in found:
+        first.setdefault(document.text, document)
+    first.pop("", None)
+    return list(first.values())
+
+
+def _prose() -> list[Document]:
+    topics = _topics()
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())  # quoted, it may be indented or wrapped otherwise
+            if words not in seen:
+                kept.append(paragraph)
+            seen.add(words)
+        topics[name] = "\n\n".join(kept).strip("\n")
+    return [Document("topics", name, text) for name, text in topics.items()]
+
+
+# Parts of the standard library that are no library, come not everywhere, or are tables.
+_LEFT_OUT = set("test tests idlelib lib2to3 distutils ensurepip turtledemo encodings pydoc_data".split())
+
+
+def _modules() -> list[Document]:
+    """The sources of the standard library; a package's __init__.py has the name of the package."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    try:
+        for name, file in _source_files(root, ""):
+            with suppress(SyntaxError, UnicodeDecodeError):  # a stray file in no known encoding
+                text = importlib.util.decode_source(Path(file).read_bytes())
+                found.append(Document(name.split(".")[0], name, text))
+    except OSError as error:
+        raise InputError(_no_sources(root, str(error.strerror))) from error
+    if not found:
+        raise InputError(_no_sources(root, "no .py files"))
+    return found
+
+
+def _no_sources(root: Path, why: str) -> str:
+    return f"this Python comes without the sources of its library ({root}: {why}); give text with --data"
+
+
+def _source_files(folder: str | Path, package: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, path) of all modules below. site-packages and the like are no identifiers."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = entry.name.removesuffix(".py")
+        if not name.isidentifier() or name in _LEFT_OUT or name.startswith("_sysconfigdata"):
+            continue
+        if entry.is_dir():
+            yield from _source_files(entry.path, f"{package}{name}.")
+        elif name != entry.name:
+            yield package[:-1] if name == "__init__" else package + name, entry.path
+
+
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _docstrings(module: Document) -> Iterator[Document]:
+    """The docstrings of a module and of all classes and functions in it."""
+
+    def walk(name: str, node: ast.AST) -> Iterator[Document]:
+        if isinstance(node, (ast.Module, *_DEFINITIONS)):
+            yield Document(module.label, name, ast.get_docstring(node) or "")
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, _DEFINITIONS):
+                yield from walk(f"{name}.{child.name}", child)
+            elif isinstance(child, (ast.stmt, ast.ExceptHandler)):  # an expression defines nothing
+                yield from walk(name, child)
+
+    with suppress(SyntaxError):  # a stray file that is no Python of this version
+        yield from walk(module.name, ast.parse(module.text))
+
+
+def folder_documents(folder: str | Path) -> list[Document]:
+    """Each text file of a folder as a document, as `stream_text` reads them.
+
+    Name: the path below the folder, with slashes; label: the first part of that path, "" for files that lie
+    in the folder itself. So a folder for each class gives labelled texts.
+    """
+    folder = Path(folder)
+    names = [(file, file.relative_to(folder)) for file in _text_files(folder)]
+    found = _distinct(
+        Document(name.parts[0] if len(name.parts) > 1 else "", name.as_posix(), "".join(_decoded(file)))
+        for file, name in names
+    )
+    if not found:
+        raise InputError(f"{folder} holds no text; give a text file, a folder of text files, or a .gz file")
+    return found
+
+
+def split_documents(
+    found: Iterable[Document], fraction: float = 0.1
+) -> tuple[list[Document], list[Document]]:
+    """(train, validation), in their order; validation gets about that fraction of the documents.
+
+    The side of a document depends on its name alone (a CRC-32 of it): it stays there whatever other documents
+    come or go, and a larger fraction only adds to the validation side. No text stands on both sides, for
+    `documents` and `folder_documents` give no text twice. Raises InputError for a fraction outside [0, 1).
+    """
+    _check_fraction(fraction)
+    sides: tuple[list[Document], list[Document]] = [], []
+    for document in found:
+        code = zlib.crc32(document.name.encode("utf-8", "surrogateescape"))
+        # CRC-32 is linear, similar names have similar codes; the remainder for a prime mixes all bits.
+        sides[code % 10007 < 10007 * fraction].append(document)
+    return sides
 
 
 def stream_text(path: str | Path) -> Iterator[str]:
@@ -103,12 +257,16 @@ def split(text: str, validation_fraction: float = 0.1) -> tuple[str, str]:
     The cut lies at the last end of a line within the thousand characters before the exact place, if there is
     one. Raises InputError for a fraction outside [0, 1).
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(f"a validation fraction of {validation_fraction} is not in [0, 1); use 0.1 or so")
+    _check_fraction(validation_fraction)
     cut = len(text) - math.floor(len(text) * validation_fraction)
     if cut < len(text):
         cut = text.rfind("\n", max(0, cut - 1000), cut) + 1 or cut
     return text[:cut], text[cut:]
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise InputError(f"a validation fraction of {fraction} is not in [0, 1); use 0.1 or so")
 
 
 def write_tokens(tokenizer: Tokenizer, text: str | Iterable[str], path: str | Path) -> int:

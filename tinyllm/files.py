@@ -36,6 +36,7 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
 }
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
+PIECE = 2**20  # bytes of a tensor that are read at a time
 Arrays = Mapping[str, np.ndarray]
 Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, place in the file
 
@@ -124,13 +125,22 @@ def write_arrays(path: str | Path, arrays: Arrays, metadata: dict[str, str] | No
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in the file `path`; InputError if it is missing, damaged or no object."""
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged, it is not JSON ({error}); save or download it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object {{...}}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; ValueError if one stands twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice")
     return value
 
 
@@ -148,7 +158,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
 
     Read here and not by the library's `safe_open`, which maps the file into memory: the pages it has read
     stay beside the arrays copied out of them, so loading takes twice the size of the file, and a file that
-    shrinks meanwhile kills the process. One plain read a tensor takes the size of the tensor.
+    shrinks meanwhile kills the process. Plain reads take the size of the arrays.
 
     Raises InputError for a file that is missing, truncated or not as its header says.
     """
@@ -161,7 +171,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
                 start = 8 + int.from_bytes(file.read(8), "little")
                 if not 10 <= start <= min(size, LONGEST_HEADER):
                     raise ValueError(f"a header of {start - 8} bytes in a file of {size}")
-                header = json.loads(file.read(start - 8).decode("utf-8"))
+                header = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=_object)
             self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
             self._entries = _entries(header, start, size)
         except OSError as error:
@@ -171,13 +181,29 @@ class ArrayFile(Mapping[str, np.ndarray]):
                 f"{path} is damaged or not a safetensors file ({error}); save or download it again"
             ) from error
         self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
+        self.dtypes = {name: dtype for name, (dtype, _, _) in self._entries.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        dtype, shape, offset = self._entries[name]
+        return self.read(name)
+
+    def read(self, name: str, dtype: Any = None, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor `name`, in another dtype if one is given; into `out`, of its shape, if that is given.
+
+        A piece at a time, so that a tensor that is turned or widened needs no memory for what it was.
+        """
+        stored, shape, offset = self._entries[name]
         try:
-            return np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
+            out = np.empty(shape, dtype or stored) if out is None else out
+            target = out if shape else out[None]
+            rows = max(1, PIECE // max(1, math.prod(shape[1:]) * stored.itemsize))
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                for start in range(0, len(target), rows):
+                    piece = target[start : start + rows]
+                    piece[...] = np.fromfile(file, stored, piece.size).reshape(piece.shape)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter since it was opened
             raise InputError(f"cannot read tensor {name!r} of {self.path}: {error}") from error
+        return out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,10 @@ class PretrainedModel(nn.Module):
         module, kind, _ = _without_layer(name)
         return kind == "weight" and module in self.transposed
 
+    def published_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the file gives to a parameter of ours with this shape."""
+        return shape[::-1] if self._is_transposed(name) else shape
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: Any = np.float32) -> Any:
         """The model in a folder of published weights, or in the newest checkpoint of a training run.
@@ -54,26 +59,38 @@ class PretrainedModel(nn.Module):
                 f"{folder} holds a model of type {config.get('model_type')!r}, not {cls.model_type!r}: "
                 "tinyllm.from_pretrained(folder) picks the class by itself"
             )
-        model = cls(cls.config_class.from_published(config), seed=None)
+        pretrained.check_types(config, cls.config_class)
+        config = cls.config_class.from_published(config)
         weights = pretrained.read_weights(folder, dtype)
+        model = cls._skeleton(config, weights)
         if cls.published_prefix:
             known = tuple(name.split(".")[0] + "." for name in cls.published_names.values())
             prefix = cls.published_prefix
             weights = weights.renamed(lambda name: prefix + name if name.startswith(known) else name)
         shapes = {}
         for name, parameter in model.named_parameters():
-            shape = parameter.shape[::-1] if model._is_transposed(name) else parameter.shape
-            shapes[model.published_name(name)] = shape
+            shapes[model.published_name(name)] = model.published_shape(name, parameter.shape)
         pretrained.match(weights, shapes, cls.ignored)
         for name, parameter in model.named_parameters():
-            array = weights[model.published_name(name)]
-            if array.dtype != np.dtype(dtype):
-                raise InputError(
-                    f"{model.published_name(name)} in {folder} holds {array.dtype}, not real numbers"
-                )
-            parameter.data = np.ascontiguousarray(array.T) if model._is_transposed(name) else array
+            published, array = model.published_name(name), np.empty(parameter.shape, dtype)
+            as_stored = array.T if model._is_transposed(name) else array.reshape(shapes[published])
+            weights.read(published, as_stored)
+            parameter.data = array
         model.check_published(weights)
         return model.eval()
+
+    @classmethod
+    def _skeleton(cls, config: Any, weights: pretrained.Weights) -> Any:
+        """A model without memory for its weights. A config that asks for many times the tensors that there
+        are fails at once; one that is wrong by a few layers goes on, and `match` will name the tensors."""
+        try:
+            with nn.skeleton(most=1000 + 10 * len(weights)):
+                return cls(config, seed=None)
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise InputError(
+                f"config.json in {weights.folder} does not describe the {len(weights)} tensors there, or no "
+                f"possible model: {error}"
+            ) from error
 
     def check_published(self, weights: pretrained.Weights) -> None:
         """Raise InputError if tensors that `ignored` lets pass contradict the model."""
@@ -83,7 +100,8 @@ class PretrainedModel(nn.Module):
         tensors = {}
         for name, parameter in self.named_parameters():
             array = to_host(parameter.data)
-            tensors[self.published_name(name)] = array.T if self._is_transposed(name) else array
+            array = array.T if self._is_transposed(name) else array
+            tensors[self.published_name(name)] = array.reshape(self.published_shape(name, parameter.shape))
         config = {"model_type": self.model_type, **self.config.to_published(), "dtype": str(self.dtype)}
         pretrained.write_weights(folder, config, tensors)
 
@@ -106,6 +124,10 @@ class CausalModel(PretrainedModel):
     context: int
     vocabulary_size: int
 
+    def new_cache(self, capacity: int) -> Any:
+        """An empty cache for up to `capacity` positions; see `generation.KeyValueCache`."""
+        return generation.KeyValueCache(capacity)
+
     def generate(
         self,
         input_ids: Any,
@@ -115,8 +137,9 @@ class CausalModel(PretrainedModel):
         top_p: float | None = None,
         seed: int | None = None,
         use_cache: bool = True,
+        stop: Collection[int] = (),
     ) -> np.ndarray:
-        """The prompts (B, T) with max_new_tokens more tokens each; see `generation.stream`."""
+        """The prompts, (B, T) or B rows, with max_new_tokens more tokens each; see `generation.generate`."""
         return generation.generate(
             self,
             input_ids,
@@ -126,4 +149,16 @@ class CausalModel(PretrainedModel):
             top_p=top_p,
             seed=seed,
             use_cache=use_cache,
+            stop=stop,
         )
+
+    def beam_search(
+        self,
+        prompt: Any,
+        max_new_tokens: int,
+        width: int = 4,
+        alpha: float = 0.6,
+        stop: Collection[int] = (),
+    ) -> list[generation.Beam]:
+        """The likeliest continuations of one prompt (T,), the best first; see `generation.beam_search`."""
+        return generation.beam_search(self, prompt, max_new_tokens, width, alpha, stop)

@@ -5,7 +5,9 @@ model.safetensors.index.json says which shard holds which tensor: {"weight_map":
 """
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise _missing(folder, CONFIG)
-    return read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    if not isinstance(config.get("model_type"), (str, type(None))):
+        raise InputError(f"{folder / CONFIG} has the model_type {config['model_type']!r}, which is no name")
+    return config
 
 
 def refuse_unknown(
@@ -73,13 +78,43 @@ def refuse_unknown(
         if option in read:
             continue
         if option in allowed:
-            if not any(value == good for good in allowed[option]):
+            # 1 is no True here, though Python's 1 == True.
+            if not any(
+                value == good and isinstance(value, bool) == isinstance(good, bool)
+                for good in allowed[option]
+            ):
                 values = " or ".join(map(repr, allowed[option]))
                 wrong.append(f"{option} = {value!r} (implemented: {values})")
         elif option not in HARMLESS:
             wrong.append(f"{option} = {value!r} (unknown)")
     if wrong:
         raise InputError(f"config.json asks for what this model does not implement: {_some(wrong)}")
+
+
+def check_types(config: Mapping[str, Any], config_class: Any) -> None:
+    """Check that each number of `config` is of the type that config_class, a dataclass, gives to that option.
+
+    A whole number is no boolean, has no fraction and fits 64 bits; a real number is finite.
+    Raises InputError.
+    """
+    for field in fields(config_class):
+        if field.name not in config:
+            continue
+        value, names = config[field.name], str(field.type).split(" | ")
+        kinds = [_KINDS[name] for name in names if name in _KINDS]
+        if len(kinds) == len(names) and not any(fits(value) for _, fits in kinds):
+            words = " or ".join(word for word, _ in kinds)
+            raise InputError(f"{field.name} is {value!r}, but must be {words}")
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda value: type(value) is int and abs(value) < 2**63),
+    "float": ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= _LARGEST),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "str": ("a text", lambda value: type(value) is str),
+    "None": ("null", lambda value: value is None),
+}
+_LARGEST = sys.float_info.max
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -101,8 +136,14 @@ class Weights(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         file, stored = self._places[name]
-        array = file[stored]
-        return array.astype(self.dtype, copy=False) if array.dtype in FLOATS else array
+        return file.read(stored, self.dtype if file.dtypes[stored] in FLOATS else None)
+
+    def read(self, name: str, out: np.ndarray) -> np.ndarray:
+        """The real numbers of that name written into `out`, of their shape; InputError if they are others."""
+        file, stored = self._places[name]
+        if file.dtypes[stored] not in FLOATS:
+            raise InputError(f"{name} in {self.folder} holds {file.dtypes[stored]}, not real numbers")
+        return file.read(stored, out=out)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -173,7 +214,9 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]], ignore: str =
     Raises one InputError that names what is missing, left over or misshapen.
     """
     missing = [name for name in shapes if name not in weights.shapes]
-    left_over = [name for name in weights if name not in shapes and not re.fullmatch(ignore, name)]
+    left_over = [
+        name for name in weights if name not in shapes and not (ignore and re.fullmatch(ignore, name))
+    ]
     misshapen = [
         f"{name} found {weights.shapes[name]} expected {tuple(shape)}"
         for name, shape in shapes.items()
@@ -213,5 +256,6 @@ def _missing(folder: Path, wanted: str) -> InputError:
 
 
 def _some(names: list[str]) -> str:
-    """The first few of `names`; the last word says if there are more."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    """The first few of `names`, on one line whatever is in them; the last word says if there are more."""
+    shown = [name[:200] if name.isprintable() else repr(name[:200]) for name in names[:4]]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""From text to token ids and back: byte-level byte-pair encoding (BPE), and plain characters.
+"""From text to token ids and back: byte-level byte-pair encoding (BPE), plain characters, and published ones.
 
 BPE (Sennrich et al. 2016, section 3.2; on bytes: GPT-2, section 2.2) starts with the 256 bytes and again and
 again joins the most frequent pair of neighbouring tokens into a new token. `train_bpe` learns the merges
@@ -6,10 +6,8 @@ here, in plain Python; tiktoken's compiled code applies them. Text is first cut 
 and no merge crosses words.
 """
 
-import codecs
 import heapq
 import math
-import operator
 import re
 import threading
 from collections import Counter, defaultdict
@@ -23,6 +21,16 @@ import tiktoken
 
 from tinyllm.errors import InputError
 from tinyllm.files import json_writer, listing, read_json, write_files
+from tinyllm.published_tokenizers import (
+    GENERATION,
+    PIPELINE,
+    WORDPIECE,
+    PublishedTokenizer,
+    check_class,
+    checked_ids,
+    is_gpt2,
+    unconverted,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 # Contractions; letters, digits or other signs with at most one space before them; white space, whose last
@@ -135,6 +143,9 @@ class BytePairTokenizer:
     The ids are 0, 1, ..., vocabulary_size - 1 in any order. Raises InputError otherwise.
     """
 
+    byte_tokens = frozenset()  # none has a text that depends on its neighbours
+    chat = None
+
     def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int] | None = None) -> None:
         self.ranks, self.special_tokens = dict(ranks), dict(special_tokens or {})
         self.vocabulary_size = size = len(self.ranks) + len(self.special_tokens)
@@ -167,7 +178,7 @@ class BytePairTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes; InputError for an id outside the vocabulary."""
-        return self._encoding.decode_bytes(_checked(ids, self.vocabulary_size))
+        return self._encoding.decode_bytes(checked_ids(ids, self.vocabulary_size))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text; bytes that are no UTF-8 become U+FFFD. InputError for an id outside the vocabulary."""
@@ -209,21 +220,11 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def _checked(ids: Iterable[int], size: int) -> list[int]:
-    ids = [operator.index(i) for i in ids]
-    for i in ids:
-        if not 0 <= i < size:
-            raise InputError(
-                f"token id {i} is outside the vocabulary of {size} tokens; "
-                "use the tokenizer that the ids were made with"
-            )
-    return ids
-
-
 class CharacterTokenizer:
     """One token a character: the distinct characters of a text, sorted by code point. No special tokens."""
 
-    end_of_text = None
+    end_of_text = chat = None
+    byte_tokens = frozenset()
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -242,7 +243,7 @@ class CharacterTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text; InputError for an id outside the vocabulary."""
-        return "".join(self.characters[i] for i in _checked(ids, self.vocabulary_size))
+        return "".join(self.characters[i] for i in checked_ids(ids, self.vocabulary_size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text's UTF-8."""
@@ -253,46 +254,96 @@ class CharacterTokenizer:
         write_files(folder, {"characters.json": json_writer({"characters": self.characters})})
 
 
-Tokenizer = BytePairTokenizer | CharacterTokenizer
+Tokenizer = BytePairTokenizer | CharacterTokenizer | PublishedTokenizer
 
 
 def check_fit(model: Any, tokenizer: Tokenizer) -> None:
-    """Raise InputError if the tokenizer has ids that the model, with its vocabulary_size, does not know."""
-    if tokenizer.vocabulary_size > model.vocabulary_size:
+    """Raise InputError if the tokenizer has ids that the model, with its vocabulary_size, does not know.
+
+    Special tokens behind all others are no matter: many a published tokenizer got a <pad> too much, and no
+    text has it. Whoever uses it nonetheless hears of it from the model.
+    """
+    size = tokenizer.vocabulary_size
+    if isinstance(tokenizer, PublishedTokenizer):
+        surplus = set(tokenizer.special_tokens.values())
+        while size - 1 in surplus:
+            size -= 1
+    if size > model.vocabulary_size:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
+            f"the tokenizer has {size} tokens, the model only "
             f"{model.vocabulary_size}: they are not of one model"
         )
 
 
-class StreamDecoder:
-    """Text as tokens come, one by one: a character is given out once its last byte is there."""
+def end_tokens(folder: str | Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's own, and each eos_token_id of config.json and
+    generation_config.json in the folder: one, or a list such as the ends of a text and of an answer."""
+    ends = {tokenizer.end_of_text}
+    for path in (Path(folder) / "config.json", Path(folder) / GENERATION):
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        ids = found if isinstance(found, list) else [found]
+        if not all(i is None or type(i) is int for i in ids):
+            raise InputError(f"{path}: eos_token_id is {found!r}, but must be a token id or a list of them")
+        ends |= {i for i in ids if i is None or i >= 0}
+    return frozenset(ends - {None})
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+
+class StreamDecoder:
+    """Text as tokens come, one by one: a character is given out once its last byte is there.
+
+    How a token decodes may depend on the one before it, or on being the first. So the tokens since the last
+    text was given out are decoded once more with those that follow, and what they add is the new text. All
+    that it gives out is together what decoding at once gives. `prompt`: tokens that the text goes on from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tokens = list(prompt)
+        self._given = len(self._tokens)  # of these tokens
+        self._start = len(tokenizer.decode(self._tokens))  # characters that they make
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        tokens = [*self._tokens, token]
+        text = self._tokenizer.decode(tokens)
+        self._tokens = tokens
+        if text.endswith("\ufffd") or token in self._tokenizer.byte_tokens:
+            return ""  # more bytes may come
+        new = text[self._start :]
+        self._tokens = tokens[self._given :]
+        self._given = len(self._tokens)
+        self._start = len(self._tokenizer.decode(self._tokens))
+        return new
 
     def finish(self) -> str:
-        """What is left of a broken character: U+FFFD or nothing."""
-        return self._utf8.decode(b"", final=True)
+        """What is left; a broken character is U+FFFD."""
+        return self._tokenizer.decode(self._tokens)[self._start :]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read what `save` wrote, or the vocab.json and merges.txt of a published GPT-2.
+    """Read what `save` wrote, a published tokenizer.json or vocab.txt, or GPT-2's vocab.json and merges.txt.
 
-    Raises InputError naming the file that is missing or damaged.
+    The library of the extra `tokenizers` reads tokenizer.json, but where that only says what GPT-2's own two
+    files beside it say. Raises InputError naming the file that is missing or damaged.
     """
     folder = Path(folder)
     if (folder / "characters.json").exists():
         return _load_characters(folder / "characters.json")
-    if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
+    gpt2 = [(folder / name).exists() for name in ("vocab.json", "merges.txt")]
+    if (folder / PIPELINE).exists() and not (all(gpt2) and is_gpt2(folder)):
+        return PublishedTokenizer(folder)
+    if any(gpt2):
+        if not (folder / PIPELINE).exists():
+            check_class(folder, "GPT2Tokenizer")
         return _load_bpe(folder / "vocab.json", folder / "merges.txt")
+    if (folder / WORDPIECE).exists():
+        check_class(folder, "BertTokenizer")
+        return PublishedTokenizer(folder)
+    for name in ("tokenizer.model", "tekken.json", "spiece.model", "source.spm"):
+        if (folder / name).exists():
+            raise unconverted(folder, name)
     raise InputError(
-        f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or characters.json; "
-        + listing(folder)
+        f"no tokenizer in {folder}: it needs {PIPELINE}, or {WORDPIECE}, or vocab.json and merges.txt, or "
+        f"characters.json; {listing(folder)}"
     )
 
 
@@ -307,6 +358,8 @@ def _load_bpe(vocabulary_path: Path, merges_path: Path) -> BytePairTokenizer:
     vocabulary = read_json(vocabulary_path)
     if not all(type(i) is int for i in vocabulary.values()):
         _damaged(vocabulary_path, "it is no table of tokens and their ids")
+    if any(name.endswith("</w>") for name in vocabulary):
+        raise unconverted(vocabulary_path.parent, "GPT-1's vocab.json and merges.txt")
     try:
         lines = merges_path.read_text(encoding="utf-8").split("\n")
     except OSError as error:

@@ -431,9 +431,47 @@ def attentions(draw: Any) -> Case:
 def self_attentions(draw: Any) -> Case:
     B, T, heads, d = (draw(st.integers(1, top)) for top in (2, 3, 2, 2))
     kwargs: dict[str, Any] = {"causal": draw(st.booleans())}
+    if kwargs["causal"] and draw(st.booleans()):
+        kwargs["window"] = draw(st.integers(1, 3))
     if draw(st.integers(0, 3)) == 3:
         kwargs["keep"] = Input(dropped(draw(generators()), (B, heads, T, T)))
     return Case([draw(inputs((B, T, 3 * heads * d)))], (heads,), kwargs)
+
+
+@st.composite
+def turns(draw: Any) -> Case:
+    """rotary: heads side by side, and any two tables, which need not be a cosine and a sine."""
+    leading = draw(shapes())[:2]
+    T, heads, half = (draw(st.integers(1, top)) for top in (3, 2, 2))
+    tables = [Input(smooth(draw(generators()), (T, half))) for _ in range(2)]
+    return Case([draw(inputs((*leading, T, heads * 2 * half)))], tables)
+
+
+@st.composite
+def rotary_attentions(draw: Any) -> Case:
+    B, T, kv_heads, group, half = (draw(st.integers(1, top)) for top in (2, 3, 2, 2, 2))
+    tables = [Input(smooth(draw(generators()), (T, half))) for _ in range(2)]
+    kwargs: dict[str, Any] = {"window": draw(st.sampled_from([None, 1, 2]))}
+    if draw(st.integers(0, 3)) == 3:
+        kwargs["keep"] = Input(dropped(draw(generators()), (B, kv_heads * group, T, T)))
+    q, kv = (B, T, kv_heads * group * 2 * half), (B, T, kv_heads * 2 * half)
+    return Case([draw(inputs(shape)) for shape in (q, kv, kv)], tables, kwargs)
+
+
+@st.composite
+def gated(draw: Any) -> Case:
+    """swiglu: a gate and what it lets through."""
+    shape = draw(shapes())
+    return Case([draw(inputs(shape)), draw(inputs(shape))])
+
+
+@st.composite
+def wkvs(draw: Any) -> Case:
+    """wkv: decays, bonuses, keys and values, from nothing or from a state."""
+    B, T, C = (draw(st.integers(1, top)) for top in (2, 4, 2))
+    operands = [inputs((C,), positive), inputs((C,)), inputs((B, T, C)), inputs((B, T, C))]
+    state = tuple(Input(domain(draw(generators()), (B, C))) for domain in (smooth, positive, smooth))
+    return Case([draw(operand) for operand in operands], (state if draw(st.booleans()) else None,))
 
 
 # References that NumPy has no name for.
@@ -519,6 +557,33 @@ def self_attention(qkv: np.ndarray, heads: int, **kwargs: Any) -> np.ndarray:
     return np.concatenate(list(attention(q, k, v, **kwargs).swapaxes(0, 1)), -1)
 
 
+def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Points as complex numbers, each the i-th number of a half of a head and of its other half."""
+    heads = np.split(x, x.shape[-1] // (2 * cos.shape[1]), -1)
+    turned = [(a + 1j * b) * (cos + 1j * sin) for a, b in (np.split(head, 2, -1) for head in heads)]
+    return np.concatenate([part for z in turned for part in (z.real, z.imag)], -1)
+
+
+def rotary_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, cos: np.ndarray, sin: np.ndarray, **kwargs: Any
+) -> np.ndarray:
+    split = lambda x: np.stack(np.split(x, x.shape[-1] // (2 * cos.shape[1]), -1), 1)  # (B, H, T, d)
+    out = attention(split(rotary(q, cos, sin)), split(rotary(k, cos, sin)), split(v), causal=True, **kwargs)
+    return np.concatenate(list(out.swapaxes(0, 1)), -1)
+
+
+def wkv(w: np.ndarray, u: np.ndarray, k: np.ndarray, v: np.ndarray, state: Any = None) -> np.ndarray:
+    """Equation 16 of Peng et al. 2023 as it stands, one position at a time."""
+    out = np.empty(k.shape)
+    aa, bb, pp = state or (0.0, 0.0, 0.0)
+    for t in range(k.shape[1]):
+        weights = [np.exp(k[:, i] - (t - 1 - i) * w) for i in range(t)] + [np.exp(u + k[:, t])]
+        past = np.exp(pp - t * w)
+        top = past * aa + sum(weight * v[:, i] for i, weight in enumerate(weights))
+        out[:, t] = top / (past * bb + sum(weights))
+    return out
+
+
 def as_list(f: Any, t: Any, *args: Any) -> Any:
     return f(list(t), *args)
 
@@ -596,7 +661,11 @@ FUSED: dict[str, Row] = {
     ),
     "log_softmax": Row(one(args=filled_axis, min_dims=1), numpy=lambda x, axis: np.log(softmax(x, axis))),
     "rms_norm": Row(normalized(nonzero, 1), numpy=rms_norm),
+    "rotary": Row(turns(), numpy=rotary),
+    "rotary_attention": Row(rotary_attentions(), numpy=rotary_attention),
     "self_attention": Row(self_attentions(), numpy=self_attention),
     "silu": Row(one(), numpy=lambda x: x / (1 + np.exp(-x))),
     "softmax": Row(one(args=filled_axis, min_dims=1), numpy=softmax),
+    "swiglu": Row(gated(), numpy=lambda a, b: a / (1 + np.exp(-a)) * b),
+    "wkv": Row(wkvs(), numpy=wkv),
 }

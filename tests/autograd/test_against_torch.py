@@ -56,10 +56,23 @@ def attention(q, k, v, causal=False, window=None, key_lengths=None, scale=None, 
     return (p * keep) @ v
 
 
-def self_attention(qkv, heads, causal=False, keep=1.0):
+def self_attention(qkv, heads, causal=False, window=None, keep=1.0):
     B, T, width = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return attention(q, k, v, causal, keep=keep).transpose(1, 2).reshape(B, T, width // 3)
+    return attention(q, k, v, causal, window, keep=keep).transpose(1, 2).reshape(B, T, width // 3)
+
+
+def wkv(w, u, k, v, state=None):
+    """The weights of all positions for all, (B, T, T, C), and of what was before them, (B, T, C)."""
+    t = torch.arange(k.shape[1])
+    age = (t[:, None] - t - 1)[..., None]
+    weights = (k[:, None] + torch.where(age < 0, u, -age * w)).exp() * (age >= -1)
+    top, total = (weights * v[:, None]).sum(2), weights.sum(2)
+    if state is not None:
+        aa, bb, pp = (x[:, None] for x in state)
+        past = (pp - t[:, None] * w).exp()
+        top, total = top + past * aa, total + past * bb
+    return top / total
 
 
 def scatter(values, index, shape):
@@ -115,6 +128,7 @@ THEIRS = {
     "rms_norm": rms_norm,
     "self_attention": self_attention,
     "silu": functional.silu,
+    "wkv": wkv,
 }
 OURS = {name: getattr(primitives, name) for name in PRIMITIVES if PRIMITIVES[name].differentiable}
 OURS |= {name: OPERATIONS[name].fused for name in FUSED}

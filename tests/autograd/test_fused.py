@@ -192,3 +192,21 @@ def test_arguments_that_do_not_fit_are_named(fused):
             pick("linear")(x, Tensor(np.ones(weight)), None if bias is None else Tensor(np.ones(bias)))
     with pytest.raises(ValueError, match=r"self_attention: qkv \(2, 3, 4\)"):
         pick("self_attention")(x, 2)
+    for causal, window in ((True, 0), (False, 2)):
+        with pytest.raises(ValueError, match=f"attention: window={window}"):
+            pick("self_attention")(Tensor(np.ones((2, 3, 6))), 2, causal, window)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_ignored_row_may_hold_anything(fused):
+    """Impossible classes, of probability 0, in a row that does not count: no infinity times zero."""
+    logits = Tensor(np.array([[-np.inf, 1.0, 2.0], [0.0, 1.0, 2.0]]), requires_grad=True)
+    functional.use_fused(fused)
+    try:
+        loss = functional.cross_entropy(logits, np.array([-100, 1]))
+        loss.backward()
+    finally:
+        functional.use_fused(True)
+    e = np.exp([0.0, 1.0, 2.0])
+    np.testing.assert_allclose(loss.item(), np.log(e.sum()) - 1, rtol=1e-14)
+    np.testing.assert_allclose(logits.grad.data, [[0, 0, 0], e / e.sum() - [0, 1, 0]], atol=1e-15)

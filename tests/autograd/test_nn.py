@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -220,3 +222,31 @@ def test_dropout_keeps_the_expected_value():
     assert layer.eval()(x) is x and nn.Dropout(0.0)(x) is x
     with pytest.raises(ValueError, match="p=1"):
         nn.Dropout(1.0)(x)
+
+
+def test_a_skeleton_takes_no_memory():
+    with nn.skeleton():
+        big = nn.Linear(10**9, 10**9)
+        norm = nn.LayerNorm(10**9)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(nn.zeros, 3).result().data.flags.writeable  # another thread's are real
+    assert big.weight.shape == (10**9, 10**9) and big.parameter_count() == 10**18 + 10**9
+    assert (
+        (norm.weight.data[:3] == 1).all()
+        and (norm.bias.data[-3:] == 0).all()
+        and norm.weight.dtype == np.float32
+    )
+    assert sum(parameter.data.strides[-1] for parameter in [*big.parameters(), *norm.parameters()]) == 0
+    with pytest.raises(ValueError, match="read-only"):
+        norm.weight.data[0] = 2
+    assert nn.ones(3).data.flags.writeable and nn.zeros(3).data.flags.writeable
+
+
+def test_a_skeleton_of_too_many_or_impossible_parameters():
+    with pytest.raises(ValueError, match="too many parameters"), nn.skeleton(most=5):
+        [nn.Linear(2, 2) for _ in range(3)]
+    with nn.skeleton(most=6):
+        [nn.Linear(2, 2) for _ in range(3)]
+    with pytest.raises(ValueError), nn.skeleton():
+        nn.zeros(10**18, 10**18)
+    assert nn.zeros(2).data.flags.writeable

@@ -1,4 +1,4 @@
-"""Training steps of GPT-2 beside PyTorch's: `python -m tests.benchmarks.train_step`.
+"""Training steps of GPT-2 or LLaMA beside PyTorch's: `python -m tests.benchmarks.train_step --model llama`.
 
 A step is forward, backward, clipping and AdamW, in float32 on all cores. The floor is the step's matrix
 products alone, with the same shapes on the same threads, measured in the process of the step. PyTorch runs
@@ -41,15 +41,36 @@ def batch(size: str) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, V, (B, T)), rng.integers(0, V, (B, T))
 
 
-def ours(size: str, fused: bool) -> dict[str, float]:
+def hidden(C: int) -> int:
+    """The width of LLaMA's MLP: 2/3 of 4 C, so that three matrices weigh what two of 4 C do."""
+    return round(8 * C / 3 / 16) * 16
+
+
+def our_model(model: str, size: str):
+    from tinyllm.models import GPT2, GPT2Config, LLaMA, LLaMAConfig
+
+    L, C, H, T, _, V, _ = SIZES[size]
+    if model == "llama":
+        return LLaMA(LLaMAConfig(V, C, hidden(C), L, H, max_position_embeddings=T))
+    return GPT2(GPT2Config(V, T, C, L, H, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+def torch_model(model: str, size: str):
+    from tests.benchmarks.torch_gpt2 import TorchGPT2
+    from tests.benchmarks.torch_llama import TorchLLaMA
+
+    L, C, H, T, _, V, _ = SIZES[size]
+    return TorchLLaMA(V, T, C, L, H, H, hidden(C)) if model == "llama" else TorchGPT2(V, T, C, L, H)
+
+
+def ours(name: str, size: str, fused: bool) -> dict[str, float]:
     import autograd.functional as F
     from autograd import optim
-    from tinyllm.models import GPT2, GPT2Config
     from tinyllm.parallel import DataParallel
 
-    L, C, H, T, B, V, steps = SIZES[size]
+    _, _, _, T, B, _, steps = SIZES[size]
     F.use_fused(fused)
-    model = GPT2(GPT2Config(V, T, C, L, H, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model = our_model(name, size)
     optimizer = optim.AdamW(optim.decay_groups(model, 0.1), 1e-3)
     x, y = batch(size)
     with DataParallel(model) as parallel:
@@ -62,11 +83,11 @@ def ours(size: str, fused: bool) -> dict[str, float]:
 
         seconds = timed(step, steps if fused else max(2, steps // 4))
         peak = harness.peak_megabytes()
-        floor = timed(products(size, parallel.shards), steps)
+        floor = timed(products(name, size, parallel.shards), steps)
     return {"tokens/s": B * T / seconds, "seconds": seconds, "floor": floor, "peak": peak}
 
 
-def products(size: str, shards: int):
+def products(model: str, size: str, shards: int):
     """A function that computes the matrix products of one step, and nothing else."""
     L, C, H, T, B, V, _ = SIZES[size]
     rng = np.random.default_rng(0)
@@ -74,9 +95,10 @@ def products(size: str, shards: int):
     def shard(sequences: int):
         array = lambda *shape: rng.standard_normal(shape, np.float32)
         N, d = sequences * T, C // H
-        pairs = [
-            (array(N, n), array(m, n), array(N, m)) for n, m in [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
-        ]
+        gpt2, inner = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)], hidden(C)
+        llama = [(C, C)] * 4 + [(C, inner), (C, inner), (inner, C)]
+        shapes = llama if model == "llama" else gpt2
+        pairs = [(array(N, n), array(m, n), array(N, m)) for n, m in shapes]
         x, w, g = array(N, C), array(V, C), array(N, V)
         qkv, out = array(N, 3 * C), array(sequences, T, H, d).transpose(0, 2, 1, 3)
         q, k, v = qkv.reshape(sequences, T, 3, H, d).transpose(2, 0, 3, 1, 4)
@@ -102,14 +124,12 @@ def products(size: str, shards: int):
     return lambda i: list(pool.map(lambda compute: compute(), work))
 
 
-def pytorch(size: str, fused_adamw: bool) -> dict[str, float]:
+def pytorch(name: str, size: str, fused_adamw: bool) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from tests.benchmarks.torch_gpt2 import TorchGPT2
-
-    L, C, H, T, B, V, steps = SIZES[size]
-    model = TorchGPT2(V, T, C, L, H)
+    _, _, _, T, B, V, steps = SIZES[size]
+    model = torch_model(name, size)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=fused_adamw)
     x, y = (torch.from_numpy(a) for a in batch(size))
 
@@ -123,19 +143,23 @@ def pytorch(size: str, fused_adamw: bool) -> dict[str, float]:
     return {"tokens/s": B * T / seconds, "seconds": seconds, "peak": harness.peak_megabytes()}
 
 
-def table(size: str, count: int) -> None:
+def table(model: str, size: str, count: int) -> None:
+    arguments = {
+        kind: [kind, size, "--model", model] for kind in ("ours", "pytorch", "pytorch-fused", "composed")
+    }
     kinds = {
-        "ours": (["ours", size], {}),
-        "PyTorch": (["pytorch", size], {}),
-        "PyTorch, fused AdamW": (["pytorch-fused", size], {}),
-        "PyTorch, memory kept": (["pytorch", size], harness.KEEP_MEMORY),
-        "  and fused AdamW": (["pytorch-fused", size], harness.KEEP_MEMORY),
-        "ours, primitives only": (["composed", size], {}),
+        "ours": (arguments["ours"], {}),
+        "PyTorch": (arguments["pytorch"], {}),
+        "PyTorch, fused AdamW": (arguments["pytorch-fused"], {}),
+        "PyTorch, memory kept": (arguments["pytorch"], harness.KEEP_MEMORY),
+        "  and fused AdamW": (arguments["pytorch-fused"], harness.KEEP_MEMORY),
+        "ours, primitives only": (arguments["composed"], {}),
     }
     results = harness.rounds("tests.benchmarks.train_step", kinds, count)
     L, C, _, T, B, V, _ = SIZES[size]
     print(
-        f"\n{size}: {L} layers, width {C}, context {T}, batch {B}, vocabulary {V:,}; {count} rounds, medians"
+        f"\n{model} {size}: {L} layers, width {C}, context {T}, batch {B}, vocabulary {V:,}; "
+        f"{count} rounds, medians"
     )
     print(f"  {'':22} {'tokens/s':>9} {'ms a step':>10} {'peak MB':>8}  ours is")
     for kind, runs in results.items():
@@ -152,20 +176,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help="S M L (default: all)")
+    parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         kind, size = args.sizes
         if kind.startswith("pytorch"):
-            result = pytorch(size, fused_adamw=kind == "pytorch-fused")
+            result = pytorch(args.model, size, fused_adamw=kind == "pytorch-fused")
         else:
-            result = ours(size, fused=kind == "ours")
+            result = ours(args.model, size, fused=kind == "ours")
         print(json.dumps(result))
         return
     print(f"{os.cpu_count()} cores, NumPy {np.__version__}")
     for size in args.sizes:
-        table(size, args.rounds)
+        table(args.model, size, args.rounds)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 import tinyllm
+from autograd import nn
 from tinyllm import checkpoints
+from tinyllm.files import read_json, write_json
+from tinyllm.models import GPT2, GPT2Config
 from tinyllm.tokenizers import END_OF_TEXT, load_tokenizer
 
-from .helpers import ENVIRONMENT, POSIX, finish, launch, run
+from .helpers import ENVIRONMENT, POSIX, finish, launch, refused, run
 
 STRANGE = "naïve – 你好 🦙👩‍👩‍👧 e\u0301 \u202eabc\u00a0\t\n <|endoftext|> \\n"
 
@@ -245,3 +248,180 @@ def test_what_train_gpt2_saves_is_what_transformers_reads(laptop_run):
         theirs = model(torch.tensor([ids])).logits.numpy()
     ours = tinyllm.from_pretrained(folder)(np.array([ids])).numpy()
     np.testing.assert_allclose(ours, theirs, atol=5e-5)
+
+
+# Models that somebody published: tokenizer.json, chat templates, ends, beams
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with large random weights, a tokenizer that puts <s> before a text, and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra `tokenizers` is not installed")
+    pytest.importorskip("jinja2", reason="the extra `tokenizers` is not installed")
+    folder = tmp_path_factory.mktemp("chat")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<|start|>", "<|end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    library.train_from_iterator(["The class statement of a class"] * 3, trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    model = GPT2(GPT2Config(library.get_vocab_size() + 3, 128, 32, 2, 4, initializer_range=1.0), seed=0)
+    model.save_pretrained(folder)
+    library.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+    write_json(folder / "tokenizer_config.json", settings)
+    return folder
+
+
+def written(folder: Path, ids: list[int], count: int) -> list[int]:
+    """What the model goes on with, greedily."""
+    model = tinyllm.from_pretrained(folder)
+    return model.generate([ids], count, temperature=0)[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_chat(generate, chat_model, system):
+    """The prompt is a message, spelt as the template says; out comes the answer alone."""
+    tokenizer = load_tokenizer(chat_model)
+    said = [{"role": "system", "content": system}] * (system is not None) + [
+        {"role": "user", "content": "The"}
+    ]
+    ids = tokenizer.encode_chat(said)
+    assert tokenizer.decode(ids).count("<|start|>") == len(said) + 1 and 0 not in ids
+    answer = written(chat_model, ids, 12)
+    options = ["--tokens", 12, "--temperature", 0, *([] if system is None else ["--system", system])]
+    result = generate(chat_model, "The", *options)
+    assert result.code == 0
+    known = [i for i in answer if i < tokenizer.vocabulary_size]
+    assert result.out == tokenizer.decode(known) + "\n" and len(set(answer)) > 5
+
+
+def test_raw(generate, chat_model):
+    """The same model continues a text: <s> and the prompt, and special tokens in it are text."""
+    tokenizer = load_tokenizer(chat_model)
+    prompt = "The <|end|>"
+    ids = tokenizer.encode(prompt)
+    assert ids[0] == 0 and not {1, 2} & set(ids)
+    new = [i for i in written(chat_model, ids, 12) if i < tokenizer.vocabulary_size]
+    result = generate(chat_model, prompt, "--raw", "--tokens", 12, "--temperature", 0)
+    assert result.out == prompt + tokenizer.decode(new) + "\n"
+    empty = generate(chat_model, "", "--raw", "--tokens", 5, "--temperature", 0)  # after <s> alone
+    assert empty.code == 0 and len(empty.out) > 1
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json", "both"])
+def test_every_end_of_the_model_ends_the_text(generate, chat_model, tmp_path, place):
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    answer = written(folder, tokenizer.encode_chat([{"role": "user", "content": "The"}]), 20)
+    end = next(n for n, token in enumerate(answer) if n > 2 and token not in answer[:n] and token != 2)
+    ends = [answer[end], tokenizer.vocabulary_size + 1]
+    if place != "generation_config.json":
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), "eos_token_id": ends[0]})
+    if place != "config.json":
+        write_json(folder / "generation_config.json", {"eos_token_id": ends[::-1] if place != "both" else 1})
+    result = generate(folder, "The", "--tokens", 20, "--temperature", 0)
+    assert result.out == tokenizer.decode([i for i in answer[:end] if i < tokenizer.vocabulary_size]) + "\n"
+    assert f"({end} tokens" in result.err
+
+
+def test_the_ends_reach_the_model(generate, modules, chat_model, monkeypatch):
+    """So that a beam ends there too, and nothing is computed after the end."""
+    stops = []
+    for name in ("stream", "beam_search"):
+        function = getattr(modules.generate, name)
+
+        def watched(*arguments: object, function: object = function, **settings: object) -> object:
+            stops.append(settings.get("stop", arguments[-1]))
+            return function(*arguments, **settings)
+
+        monkeypatch.setattr(modules.generate, name, watched)
+    generate(chat_model, "The", "--tokens", 2)
+    generate(chat_model, "The", "--tokens", 2, "--beams", 2)
+    assert stops == [{2}, {2}]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_beams(generate, laptop_run, width):
+    """Of the texts that beam search finds, the best; one beam is greedy."""
+    tokenizer = load_tokenizer(checkpoints.latest(laptop_run.out))
+    model = tinyllm.from_pretrained(laptop_run.out)
+    ids = tokenizer.encode("The class")
+    best = model.beam_search(ids, 20, width, 0.6, stop={tokenizer.end_of_text})[0].tokens
+    call = [laptop_run.out, "The class", "--tokens", 20, "--beams", width]
+    result = generate(*call)
+    text = tokenizer.decode([i for i in best if i != tokenizer.end_of_text])
+    assert result.code == 0 and result.out == "The class" + text + "\n" == generate(*call, "--no-cache").out
+    if width == 1:
+        assert result.out == generate(laptop_run.out, "The class", "--tokens", 20, "--temperature", 0).out
+    refused(generate(laptop_run.out, "The", "--tokens", 0, "--beams", width), "beam search", "1 or more")
+
+
+@pytest.mark.parametrize(
+    "options", [["--temperature", 0], ["--top-k", 3], ["--top-p", 0.5], ["--seed", 0]], ids=str
+)
+def test_beams_draw_nothing(generate, tiny_run, options):
+    refused(generate(tiny_run, "The", "--beams", 2, *options), "--beams draws nothing", options[0])
+
+
+def test_no_chat_template_for_a_system(generate, tiny_run, chat_model):
+    refused(generate(tiny_run, "The", "--system", "Be brief."), "--system needs a chat template")
+    refused(generate(chat_model, "The", "--system", "Be brief.", "--raw"), "--system needs a chat template")
+
+
+def test_a_template_that_refuses(generate, chat_model, tmp_path):
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('No\nsystem') }}", encoding="utf-8")
+    refused(generate(folder, "The", "--system", "Be brief."), "chat template", "fails: No system", "--raw")
+    assert generate(folder, "The", "--raw", "--tokens", 2).code == 0
+
+
+def test_without_the_library(generate, chat_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refused(generate(chat_model, "The"), 'pip install -e ".[tokenizers]"')
+
+
+def test_a_model_that_reads_both_ways(generate, tiny_run, monkeypatch):
+    class Reader(nn.Module):
+        pass
+
+    monkeypatch.setattr(tinyllm, "from_pretrained", lambda folder: Reader())
+    refused(generate(tiny_run, "The"), "holds a Reader, which does not write text from left to right")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", ["LLaMA", "Mistral"])
+def test_the_whole_of_a_published_llama(generate, tmp_path, chat_model, model_class):
+    """Weights, tokenizer and ends as transformers writes them; the greedy answer is the one it gives."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    name = model_class.replace("LLaMA", "Llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=304, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.5, eos_token_id=[2, 303],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "The class"}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    with torch.no_grad():
+        theirs = model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    known = [i for i in theirs.tolist() if i < len(tokenizer) and i != 2]
+    result = generate(tmp_path, "The class", "--tokens", 30, "--temperature", 0)
+    assert result.out == tokenizer.decode(known) + "\n" and len(set(known)) > 5

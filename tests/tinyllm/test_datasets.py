@@ -1,9 +1,12 @@
 """Reading, cutting, storing and sampling text: nothing lost, nothing twice, every refusal clear."""
 
 import gzip
+import inspect
 import json
 import math
+import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -12,13 +15,17 @@ from hypothesis import strategies as st
 
 from tinyllm import datasets, tokenizers
 from tinyllm.datasets import (
+    Document,
     Sampler,
     bytes_per_token,
     default_corpus,
+    documents,
     evaluation_batches,
+    folder_documents,
     open_tokens,
     read_text,
     split,
+    split_documents,
     stream_text,
     write_tokens,
 )
@@ -133,6 +140,186 @@ def test_split_by_position_near_the_line():
     for fraction in (-0.1, 1, 2, float("nan")):
         with pytest.raises(InputError, match=r"fraction of .* is not in \[0, 1\)"):
             split("text", fraction)
+
+
+# Documents
+
+KINDS = ["prose", "docstrings", "sources"]
+
+
+@pytest.fixture(scope="module")
+def all_documents():
+    return {kind: documents(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind, count, size", [
+    ("prose", 60, 300_000), ("docstrings", 5_000, 1_200_000), ("sources", 300, 6_000_000),
+])
+def test_documents_are_many_and_distinct_and_their_split_takes_a_tenth(all_documents, kind, count, size):
+    found = all_documents[kind]
+    texts = [document.text for document in found]
+    assert len(found) >= count and sum(map(len, texts)) >= size
+    assert len(set(texts)) == len(texts) and all(text.strip() for text in texts)
+    train, validation = split_documents(found)
+    assert sorted(train + validation) == sorted(found)
+    held_out = sum(len(document.text) for document in validation)
+    assert 0.08 < held_out / sum(map(len, texts)) < 0.18 and 0.08 < len(validation) / len(found) < 0.16
+
+
+def test_docstrings_are_those_of_the_objects_that_they_are_named_after(all_documents):
+    found = {document.name: document for document in all_documents["docstrings"]}
+    for owner, name in [
+        (json, "json"), (json.decoder, "json.decoder"), (inspect.getsource, "inspect.getsource"),
+        (json.JSONDecoder, "json.decoder.JSONDecoder"),
+        (json.JSONDecoder.raw_decode, "json.decoder.JSONDecoder.raw_decode"),
+    ]:
+        assert found[name] == (name.split(".")[0], name, inspect.getdoc(owner))
+    labels = {document.label for document in found.values()}
+    assert {"asyncio", "email", "logging", "xml", "http", "multiprocessing"} < labels
+    assert not labels & {"test", "idlelib", "lib2to3", "site-packages", "encodings", "numpy"}
+
+
+def test_definitions_are_found_wherever_they_stand(tmp_path, monkeypatch):
+    (tmp_path / "package" / "tests").mkdir(parents=True)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "package" / "__init__.py").write_bytes(b'"""The package."""')
+    (tmp_path / "package" / "old.py").write_bytes(b'# coding: latin-1\r\n"""Fran\xe7ois."""\r\n')
+    (tmp_path / "broken.py").write_text('"""Broken."""\nprint "two"', encoding="utf-8")
+    (tmp_path / "bytes.py").write_bytes(b'"""\xff"""')
+    hidden = ["package/tests/a.py", "site-packages/b.py", "test.py", "_sysconfigdata_x.py", "a.txt", "c-d.py"]
+    for name in hidden:
+        (tmp_path / name).write_text('"""Hidden."""', encoding="utf-8")
+    (tmp_path / "module.py").write_text(
+        '''
+def first(x="""No docstring."""):
+    """First.
+
+    At the margin.
+        Indented.
+    """
+    def inner():
+        "Inner."
+class Second:
+    """Second."""
+    """Not this one."""
+    @property
+    async def third(self): "Third."
+    def fourth(self): return "no docstring"
+    def fifth(self): "First.\\n\\nAt the margin.\\n    Indented."
+    def sixth(self): b"Bytes."
+    def seventh(self): ""
+try:
+    if True: pass
+    elif False:
+        def eighth(): "Eighth."
+except ImportError:
+    class Ninth: "Ninth."
+else:
+    with open("") as f:
+        def tenth(): "Tenth."
+''',
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path) if name == "stdlib" else None)
+    assert documents("docstrings") == [
+        ("module", "module.first", "First.\n\nAt the margin.\n    Indented."),
+        ("module", "module.first.inner", "Inner."),
+        ("module", "module.Second", "Second."),
+        ("module", "module.Second.third", "Third."),
+        ("module", "module.eighth", "Eighth."),
+        ("module", "module.Ninth", "Ninth."),
+        ("module", "module.tenth", "Tenth."),
+        ("package", "package", "The package."),
+        ("package", "package.old", "Fran\xe7ois."),
+    ]
+    assert [document[:2] for document in documents("sources")] == [
+        ("broken", "broken"), ("module", "module"), ("package", "package"), ("package", "package.old"),
+    ]
+    assert documents("sources")[3].text == '# coding: latin-1\n"""Fran\xe7ois."""\n'
+
+
+def test_documents_import_nothing_and_are_the_same_in_every_process(all_documents):
+    code = (
+        "import sys, zlib; from tinyllm.datasets import documents\n"
+        "found = [documents(kind) for kind in ('prose', 'docstrings', 'sources')]\n"
+        "print({'this', 'turtle', 'mailbox'} & set(sys.modules), zlib.crc32(repr(found).encode()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = zlib.crc32(repr([all_documents[kind] for kind in KINDS]).encode())
+    assert ran.stdout == f"set() {expected}\n"
+
+
+def test_no_paragraph_of_the_prose_stands_twice(all_documents, corpus):
+    words = [" ".join(p.split()) for document in all_documents["prose"] for p in document.text.split("\n\n")]
+    assert len(set(words)) == len(words)
+    assert set(words) == {" ".join(p.split()) for p in corpus.split("\n\n")} - {""}  # and none is lost
+    train, validation = split_documents(all_documents["prose"])
+    lines = {line.strip() for document in train for line in document.text.split("\n")}
+    held_out = [line.strip() for document in validation for line in document.text.split("\n")]
+    held_out = [line for line in held_out if len(line) > 40]
+    assert sum(line in lines for line in held_out) < 0.02 * len(held_out)
+
+
+names = st.lists(st.text(max_size=8), min_size=1, max_size=60, unique=True)
+
+
+@given(names, st.randoms(), st.floats(0, 0.99), st.floats(0, 0.99))
+def test_a_document_never_moves(drawn, random, smaller, larger):
+    smaller, larger = sorted([smaller, larger])
+    found = [Document("label", name, name) for name in drawn]
+    train, validation = split_documents(found, smaller)
+    assert sorted(train + validation) == sorted(found)
+    assert train == [d for d in found if d in train] and validation == [d for d in found if d in validation]
+    some = random.sample(found, random.randint(0, len(found)))
+    assert split_documents(some, smaller)[1] == [d for d in some if d in validation]
+    assert set(validation) <= set(split_documents(found, larger)[1])
+    assert split_documents(found, 0)[1] == []
+
+
+def test_the_split_of_many_names_takes_the_fraction_and_these_never_change():
+    found = [Document("", f"name {i}", "") for i in range(10_000)]
+    for fraction in (0.01, 0.1, 0.5):
+        count = len(split_documents(found, fraction)[1])
+        assert abs(count - 10_000 * fraction) < 5 * math.sqrt(10_000 * fraction * (1 - fraction))
+    some = [Document("", name, "") for name in ("floating", "yield", "types", "json.decoder", "é")]
+    sides = split_documents(some)
+    assert [[document.name for document in side] for side in sides] == [
+        ["types", "json.decoder", "é"], ["floating", "yield"],
+    ]
+    for fraction in (-0.1, 1, float("nan")):
+        with pytest.raises(InputError, match=r"fraction of .* is not in \[0, 1\)"):
+            split_documents(found, fraction)
+
+
+def test_kinds_and_a_python_without_sources(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="kind 'poems'; take prose, docstrings or sources"):
+        documents("poems")
+    (tmp_path / "python313.zip").write_bytes(b"")
+    for root in (tmp_path, tmp_path / "absent", tmp_path / "python313.zip"):
+        monkeypatch.setattr("sysconfig.get_path", lambda name, root=root: str(root))
+        for kind in ("docstrings", "sources"):
+            with pytest.raises(InputError, match="without the sources .*; give text with --data"):
+                documents(kind)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(InputError, match="pydoc_data.*--data"):
+        documents("prose")
+
+
+def test_a_folder_of_texts_gives_a_document_for_each_file(tmp_path):
+    for name, data in {
+        "b/x.txt": b"\xef\xbb\xbfX", "b/c/y.txt.gz": gzip.compress(b"Y"), "a.txt": b"A", "twice.txt": b"A",
+        "b/.hidden": b"no", "b/picture.png": b"\x89PNG\0\0", "empty.txt": b"",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert folder_documents(str(tmp_path)) == [
+        ("", "a.txt", "A"), ("b", "b/c/y.txt.gz", "Y"), ("b", "b/x.txt", "X"),
+    ]
+    (tmp_path / "b" / "x.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="x.txt is not UTF-8"):
+        folder_documents(tmp_path)
+    with pytest.raises(InputError, match="none holds no text"):
+        folder_documents(tmp_path / "none")
 
 
 # Token files

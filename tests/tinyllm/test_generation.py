@@ -1,9 +1,8 @@
-"""Generation: which tokens may come, how often they come, and that a cache changes nothing."""
+"""Generation: which tokens may come, how often they come, and when; on every model in test_family.py."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autograd import Tensor, no_grad
+from autograd import Tensor
 from tinyllm.errors import InputError
-from tinyllm.generation import KeyValueCache, generate, sample, stream
+from tinyllm.generation import generate, sample, search, stream
 
 from .test_gpt2 import TINY, one_line, scrambled, tokens
 
@@ -115,7 +114,8 @@ def test_a_drawn_token_was_among_the_kept(logits, k, p, temperature, seed):
     elif p is not None:  # better tokens alone must not have reached p
         kth = np.sort(logits)[::-1][: k or len(logits)][-1]
         z = np.where(logits >= kth, logits, -np.inf).astype(np.float64)
-        assert softmax(z / temperature)[better].sum() < p + 1e-9
+        probability = softmax(z / temperature)  # where logits that hardly differ are equal
+        assert probability[probability > probability[token]].sum() < p + 1e-9
 
 
 def test_rows_are_drawn_apart():
@@ -154,38 +154,6 @@ def test_the_ends_of_the_unit_interval(number, token):
 # With a model
 
 
-def test_cached_logits_are_the_uncached(model):
-    ids = tokens(2, TINY.n_positions)
-    with no_grad():
-        expected, cache, found = model(ids).numpy(), KeyValueCache(TINY.n_positions), []
-        for start, stop in itertools.pairwise([0, 1, 2, 40, 66, 67, 80]):
-            found.append(model(ids[:, start:stop], cache).numpy())
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="81 tokens"):
-        model(ids[:, :1], cache)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"seed": 1}, {"seed": 2, "temperature": 0.7, "top_k": 9, "top_p": 0.9}]
-)
-@pytest.mark.parametrize("length, new", [(1, 20), (75, 12), (80, 3)])
-def test_cached_tokens_are_the_uncached(model, settings, length, new):
-    """Past the context of 80 too, where the window of tokens moves."""
-    ids = tokens(2, length)
-    cached = model.generate(ids, new, **settings)
-    assert cached.shape == (2, length + new) and np.array_equal(cached[:, :length], ids)
-    assert np.array_equal(cached, model.generate(ids, new, use_cache=False, **settings))
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_takes_the_likeliest(model, use_cache):
-    ids = tokens(2, 74)
-    found = model.generate(ids, 10, temperature=0, use_cache=use_cache)
-    for end in range(74, 84):
-        seen = found[:, max(0, end - 80) : end]
-        assert np.array_equal(model(seen).numpy()[:, -1].argmax(-1), found[:, end])
-
-
 def test_tokens_have_the_probabilities_of_the_model(model):
     """At the second new token, so with the cache: its frequencies against the exact ones of two steps."""
     prompt, n = tokens(1, 5), 4000
@@ -198,22 +166,6 @@ def test_tokens_have_the_probabilities_of_the_model(model):
     assert statistic < 90  # 30 degrees of freedom: above once in ten million
 
 
-def test_the_seed_decides(model):
-    ids = tokens(2, 4)
-    one = model.generate(ids, 30, seed=7)
-    assert np.array_equal(one, model.generate(ids, 30, seed=7))
-    assert not np.array_equal(one, model.generate(ids, 30, seed=8))
-    assert not np.array_equal(model.generate(ids, 30), model.generate(ids, 30))
-    assert np.array_equal(model.generate(ids, 30, seed=7)[:, :14], model.generate(ids, 10, seed=7))
-
-
-def test_a_batch_writes_what_each_prompt_alone_does(model):
-    ids = tokens(4, 70)
-    together = model.generate(ids, 14, temperature=0)
-    for row, prompt in zip(together, ids):
-        assert np.array_equal(model.generate(prompt[None], 14, temperature=0)[0], row)
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_what_is_given_and_what_comes_back(model, use_cache):
     ids = tokens(3, 5)
@@ -224,19 +176,23 @@ def test_what_is_given_and_what_comes_back(model, use_cache):
         found = generate(model, prompt, 4, **settings)
         assert np.array_equal(found, expected)
     assert np.array_equal(model.generate(ids, 0), ids)
-    assert model.generate(ids[:0], 4, **settings).shape == (0, 9)
+    assert not np.array_equal(model.generate(ids, 20), model.generate(ids, 20))  # without a seed
 
 
 @pytest.mark.parametrize(
     "ids, settings, said",
     [
-        ([[]], {}, "length 1 or more"),
-        ([1, 2], {}, "(batch, length)"),
-        (np.zeros((1, 2, 3), int), {}, "(1, 2, 3)"),
-        ([[0.5]], {}, "integers"),
+        ([], {}, "no prompt"),
+        (np.zeros((0, 4), int), {}, "no prompt"),
+        ([[1], []], {}, "1 or more; a row of these has the shape (0,)"),
+        ([1, 2], {}, "(batch, length), or are a list of rows"),
+        (np.array([1, 2]), {}, "(batch, length), or are a list of rows"),
+        (np.zeros((1, 2, 3), int), {}, "(2, 3)"),
+        ("text", {}, "shape ()"),
+        ([[1], [0.5]], {}, "integers"),
         ([[True]], {}, "integers"),
         (np.zeros((1, 81), int), {}, "81 tokens, and the model's context is 80"),
-        ([[0, 31]], {}, "token id 31 is out of range"),
+        ([[0, 1, 2], [0, 31]], {}, "token id 31 is out of range"),
         ([[0, -1]], {}, "token id -1 is out of range"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
         ([[1]], {"temperature": -0.1}, "temperature"),
@@ -252,6 +208,181 @@ def test_bad_arguments(model, ids, settings, said):
     settings = {"max_new_tokens": 3, **settings}
     assert said in one_line(pytest.raises(InputError, model.generate, ids, **settings))
     assert said in one_line(pytest.raises(InputError, lambda: list(stream(model, ids, **settings))))
+
+
+def test_scores_that_are_no_numbers():
+    model = scrambled()
+    model.norm.bias.data = np.full_like(model.norm.bias.data, np.nan)
+    for write in (lambda: model.generate([[1]], 2), lambda: model.beam_search([1], 2)):
+        assert "not finite" in one_line(pytest.raises(InputError, write))
+
+
+# Rows that begin and end apart
+
+
+def expected_rows(model, prompts, new, stop=()):
+    """What each prompt alone gets, token by token from the whole model."""
+    rows = []
+    for prompt in prompts:
+        row = list(prompt)
+        while len(row) < len(prompt) + new and not (len(row) > len(prompt) and row[-1] in stop):
+            row.append(int(model(np.array([row[-model.context :]])).numpy()[0, -1].argmax()))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("lengths", [(3, 8, 1), (5, 5), (1, 20), (78, 79, 80)])
+@pytest.mark.parametrize("stops", [None, 0, 2])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_of_different_lengths(model, lengths, stops, use_cache):
+    prompts = [tokens(n, seed=n).tolist() for n in lengths]
+    free = expected_rows(model, prompts, 9)
+    stop = set() if stops is None else {row[n + stops] for row, n in zip(free, lengths)}
+    expected = expected_rows(model, prompts, 9, stop)
+    settings = {"temperature": 0, "stop": stop, "use_cache": use_cache}
+    found = model.generate(prompts, 9, **settings)
+    assert type(found) is np.ndarray and found.shape == (len(prompts), max(map(len, expected)))
+    for row, wanted in zip(found.tolist(), expected):
+        assert row == wanted + [-1] * (len(row) - len(wanted))
+    # The stream: each token once, a row's tokens without a gap between them, and never a step of nothing.
+    steps = np.array(list(stream(model, prompts, 9, **settings)))
+    assert (steps != -1).any(axis=1).all()
+    for column, wanted, n in zip(steps.T, expected, lengths):
+        places = np.flatnonzero(column != -1)
+        assert column[places].tolist() == wanted[n:]
+        assert np.ptp(places) == len(places) - 1
+
+
+def test_prompts_of_arrays_and_tensors_of_different_lengths(model):
+    prompts = [[1, 2, 3], [4]]
+    expected = model.generate(prompts, 3, temperature=0)
+    assert expected.tolist()[1][4:] == [-1, -1]
+    given = [np.array([1, 2, 3], np.uint8), (4,)]
+    assert np.array_equal(model.generate(given, 3, temperature=0), expected)
+    assert model.generate(prompts, 0).tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert list(stream(model, prompts, 0)) == []
+
+
+def test_a_drawn_row_ends_too(model):
+    """With every token a stop, each row writes one."""
+    found = model.generate([[1, 2], [3]], 5, seed=0, stop=range(31))
+    assert found.shape == (2, 3) and found[1, 2] == -1 and (found[:, :2] != -1).all()
+
+
+def test_nothing_is_computed_that_nobody_asked_for(monkeypatch):
+    model = scrambled()
+    steps = count_steps(model, monkeypatch)
+    model.generate([[1, 2, 3], [4]], 0)
+    assert steps == []
+    first = model.generate([[1, 2, 3]], 1, temperature=0)[0, -1]
+    del steps[:]
+    model.generate([[1, 2, 3]], 9, temperature=0, stop=[first])
+    assert [positions for positions, _ in steps] == [3]
+    del steps[:]
+    model.generate([[1, 2, 3], [1, 2, 3, 4, 5, 6]], 4, temperature=0)
+    assert [positions for positions, _ in steps] == [3] + [1] * 6  # the last is written at position 9
+
+
+# Beam search
+
+
+class Table:
+    """A reader as `search` wants it, with the scores of each text from a table made at random."""
+
+    def __init__(self, seed, V, start, impossible):
+        self.ids, self.seed, self.V, self.impossible = np.array([start]), seed, V, impossible
+        self.steps = 0
+
+    def score(self, row):
+        rng = np.random.default_rng([self.seed, *row])
+        scores = rng.normal(0, 0.3, self.V)  # flat, so that many ways to end are among the likeliest
+        scores[: self.V - 1][rng.random(self.V - 1) < self.impossible] = -np.inf
+        return scores
+
+    def logits(self):
+        self.steps += 1
+        return np.array([self.score(row) for row in self.ids.tolist()], np.float32)
+
+    def append(self, tokens):
+        self.ids = np.concatenate([self.ids, tokens[:, None]], axis=1)
+
+    def select(self, rows):
+        self.ids = self.ids[rows]
+
+
+def beams_by_definition(table, n, width, alpha, stop):
+    """As the docstring says, on lists, and without leaving early."""
+    living, done = [(0.0, [])], []
+    start = table.ids[0].tolist()
+    for length in range(1, n + 1):
+        candidates = []
+        for score, text in living:
+            logits = np.float32(table.score(start + text)).astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum())
+            candidates += [(score + log_p[v], [*text, v]) for v in range(table.V) if log_p[v] > -np.inf]
+        candidates.sort(key=lambda pair: -pair[0])
+        ends = [pair for pair in candidates if pair[1][-1] in stop or length == n]
+        done += [
+            (s / ((5 + length) / 6) ** alpha, text) for s, text in candidates[:width] if (s, text) in ends
+        ]
+        living = [pair for pair in candidates if pair not in ends][:width]
+    return sorted(done, key=lambda pair: -pair[0])[:width]
+
+
+def test_beam_search_is_as_defined():
+    rng = np.random.default_rng(0)
+    for case in range(800):
+        V, n, width = rng.integers(1, 7), rng.integers(1, 5), rng.choice([1, 2, 3, 9])
+        alpha, stop = rng.choice([0.0, 0.6, 6.0]), set(rng.integers(0, 6, rng.integers(0, 4)).tolist())
+        start = rng.integers(0, 6, rng.integers(0, 3))
+        table = Table(case, V, start, impossible=rng.choice([0.0, 0.3]))
+        expected = beams_by_definition(table, n, width, alpha, stop)
+        found = search(table, len(start), n, width, alpha, stop)
+        assert [beam.tokens for beam in found] == [text for _, text in expected], case
+        scores = [score for score, _ in expected]
+        np.testing.assert_allclose([beam.score for beam in found], scores, rtol=0, atol=1e-9)
+        assert all(type(token) is int for beam in found for token in beam.tokens)
+        assert table.steps <= n
+
+
+def test_a_search_ends_when_no_beam_can_overtake():
+    class Ends(Table):  # token 0 ends a text, nearly certainly
+        def score(self, row):
+            return np.array([20.0, 1.0, 0.0])
+
+    table = Ends(0, 3, [1], 0)
+    found = search(table, 1, 50, 2, 0.6, {0})
+    assert table.steps < 5 and found[0].tokens == [0] and len(found) == 2
+    assert found[0].score == pytest.approx(-np.log1p(np.exp(-19) + np.exp(-20)), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"width": 0}, "width of 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"alpha": -1}, "alpha of 0"),
+        ({"alpha": float("nan")}, "alpha of 0"),
+        ({"prompt": []}, "1 or more"),
+        ({"prompt": [[1, 2]]}, "1 or more"),
+        ({"prompt": [31]}, "token id 31"),
+        ({"prompt": [0.5]}, "integers"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_beam_search(model, change, said):
+    settings = {"prompt": [1], "max_new_tokens": 2, **change}
+    assert said in one_line(pytest.raises(InputError, model.beam_search, **settings))
+
+
+def test_beam_search_restores_the_mode(monkeypatch):
+    model = scrambled(replace(TINY, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    assert model.beam_search([1, 2], 3) == scrambled().beam_search([1, 2], 3)
+    assert all(module.training for module in model.modules())
+    monkeypatch.setattr(model, "head", None, raising=False)
+    with pytest.raises(TypeError):
+        model.beam_search([1, 2], 3)
+    assert all(module.training for module in model.modules())
 
 
 # Streaming

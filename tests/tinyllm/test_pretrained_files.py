@@ -368,6 +368,18 @@ def test_match_names_all_that_does_not_fit(tmp_path):
     assert str(tmp_path) in message
 
 
+def test_names_that_are_no_names(tmp_path):
+    """A tensor or an option may be called anything, and the error is one short line all the same."""
+    strange = {"a\nb": np.zeros(1), "\x1b[2J": np.zeros(1), "x" * 10**5: np.zeros(1), "": np.zeros(1)}
+    write_arrays(tmp_path / "model.safetensors", strange)
+    with pytest.raises(InputError, match=r"4 left over .*'a\\nb'") as error:
+        match(read_weights(tmp_path), {})
+    assert len(one_line(error)) < 1000 and "\x1b" not in str(error.value)
+    with pytest.raises(InputError) as error:
+        refuse_unknown({"a\nb": 1, "y": "x" * 10**5, "\x1b[2J": 3})
+    assert len(one_line(error)) < 1000 and "\x1b" not in str(error.value)
+
+
 def test_renamed(tmp_path):
     write_weights(tmp_path, CONFIG, saved := tensors(2))
     weights = read_weights(tmp_path, np.float64).renamed(lambda name: "transformer." + name)
@@ -389,6 +401,9 @@ def test_refuse_unknown():
         with pytest.raises(InputError, match=f"{option} = ") as error:
             refuse_unknown(fine | {option: value}, read, only)
         one_line(error)
+    for option, value in {"reorder_and_upcast_attn": 0, "is_decoder": 0.0}.items():  # 0 == False in Python
+        with pytest.raises(InputError, match=f"{option} = 0"):
+            refuse_unknown(fine | {option: value}, read, only)
     refuse_unknown(fine | {"is_decoder": True}, read, only | {"is_decoder": (True,)})
     with pytest.raises(InputError, match="'relu'.*gelu_new.*novel = 3"):
         refuse_unknown(fine | {"activation_function": "relu", "novel": 3}, read, only)

@@ -101,6 +101,8 @@ class Attention(nn.Module):
     spells it out. With a cache, q holds the new positions only, k and v all so far.
     """
 
+    window: int | None = None  # how many positions it sees, itself among them; None: all (GPT-3 narrows it)
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.projection = nn.Linear(config.n_embd, config.n_embd)
@@ -110,11 +112,12 @@ class Attention(nn.Module):
         qkv = self.query_key_value(x)  # (B, T, 3 C)
         if cache is None:
             dropout = self.p if self.training else 0.0
-            return self.projection(F.self_attention(qkv, self.n_head, causal=True, dropout=dropout))
+            out = F.self_attention(qkv, self.n_head, causal=True, window=self.window, dropout=dropout)
+            return self.projection(out)
         B, T, C = x.shape
         q, k, v = qkv.reshape(B, T, 3, self.n_head, C // self.n_head).transpose(2, 0, 3, 1, 4)  # (B, H, T, d)
         k, v = cache.extend(self.layer, k, v)
-        out = F.attention(q, k, v, causal=True)
+        out = F.attention(q, k, v, causal=True, window=self.window)
         return self.projection(out.transpose(0, 2, 1, 3).reshape(B, T, C))
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 on a real GPU, through CuPy: the training step, a checkpoint and generation, as on the CPU."""
+"""Every causal model on a real GPU, through CuPy: training steps, a checkpoint, generation, as on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import autograd.functional as F
 from autograd import backend
 
-from ..tinyllm.test_gpt2 import assert_alike, step_and_generate
+from ..tinyllm.test_family import assert_alike, step_and_generate
+from ..tinyllm.tiny import TINY
 
 try:
     backend.device_module("cuda")
@@ -16,11 +17,13 @@ except backend.DeviceError as error:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_step_checkpoint_and_generation(fused, tmp_path):
+@pytest.mark.parametrize("name", TINY)
+def test_step_checkpoint_and_generation(name, fused, tmp_path):
     F.use_fused(fused)
     try:
-        found = step_and_generate("cuda", tmp_path / "cuda")
-        expected = step_and_generate("cpu", tmp_path / "cpu")
+        found, expected = (
+            step_and_generate(device, tmp_path / device, TINY[name]) for device in ("cuda", "cpu")
+        )
     finally:
         F.use_fused(True)
     # The GPU sums in another order, and AdamW's first steps have the size of the learning rate whatever the
