@@ -1,7 +1,7 @@
 """A window on the past: Mistral's sliding-window attention, and the cache that rolls.
 
 Without arguments: trains a Mistral of about a million parameters, 4 layers with a window of 32 tokens, on the
-prose of Python's own documentation, in a minute and a half on 2 cores. The validation loss falls from 7.0 to
+prose of Python's own documentation, in about a minute on 2 cores. The validation loss falls from 7.0 to
 3.3 nats a token, and stays there for texts 32 times as long as those in training; the same weights without
 the window lose more than a nat there.
 

@@ -40,6 +40,8 @@ class KeyValueCache:
             self._arrays[layer] = tuple(xp.empty((B, H, self.capacity, d), k.dtype) for _ in range(2))
         keys, values = self._arrays[layer]
         end = self.length + T
+        if T and end > self.capacity:
+            raise RuntimeError(f"{end} positions do not fit a cache of {self.capacity}: make a larger one")
         keys[:, :, self.length : end] = k.data
         values[:, :, self.length : end] = v.data
         return Tensor(keys[:, :, :end]), Tensor(values[:, :, :end])

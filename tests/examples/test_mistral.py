@@ -18,7 +18,7 @@ def module():
 
 
 @pytest.fixture
-def mistral(module, monkeypatch, capsys):
+def mistral(module, monkeypatch, capsys, tmp_path):
     """mistral(*arguments): the script in this process, its model small."""
     small = replace(
         module.CONFIG, vocab_size=300, hidden_size=16, intermediate_size=24, max_position_embeddings=300,
@@ -29,6 +29,7 @@ def mistral(module, monkeypatch, capsys):
     monkeypatch.setattr(module, "CONTEXT", 24)
     monkeypatch.setattr(module, "POSITIONS", [16, 300])
     monkeypatch.setattr(module, "TIMED", 4)
+    monkeypatch.chdir(tmp_path)  # whose folder runs takes what has no --out
     return caller(module, "mistral", monkeypatch, capsys)
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autograd import Tensor
+from autograd import Tensor, no_grad
 from tinyllm.errors import InputError
-from tinyllm.generation import generate, sample, search, stream
+from tinyllm.generation import KeyValueCache, generate, sample, search, stream
 
 from .test_gpt2 import TINY, one_line, scrambled, tokens
 
@@ -440,3 +440,13 @@ def test_dropout_is_off_and_nothing_is_recorded(monkeypatch):
     monkeypatch.setattr(model, "head", lambda hidden: heads.append(head(hidden)) or heads[-1], raising=False)
     assert np.array_equal(model.train().generate([[1, 2]], 8, temperature=0), expected)
     assert len(heads) == 8 and not any(logits.requires_grad for logits in heads)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_full_cache_takes_no_more(model, T):
+    """One position more than fits would else be lost without a word: NumPy spreads one over none."""
+    cache = KeyValueCache(3)
+    with no_grad():
+        model(tokens(1, 3), cache)
+        with pytest.raises(RuntimeError, match=f"{3 + T} positions do not fit a cache of 3"):
+            model(tokens(1, T), cache)

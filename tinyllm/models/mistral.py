@@ -1,7 +1,7 @@
 """Mistral 7B (Jiang et al. 2023, "Mistral 7B").
 
-Changed since LLaMA 2 (section 2): in every layer a position sees a window only, its last `sliding_window`
-positions and itself among them, so a cache needs no room for more and rolls; queries share keys and values in
+Changed since LLaMA 2 (section 2): in every layer a position sees a window only, the last `sliding_window`
+positions, itself among them, so a cache needs no room for more and rolls; queries share keys and values in
 the small model too; and the MLP is wider.
 
     layer 1    position i reads from positions i - sliding_window + 1 to i
