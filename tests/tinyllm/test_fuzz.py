@@ -40,9 +40,13 @@ class Folder:
         self.state = self.model.state_dict()
         self.accepted = self.refused = 0
 
+    def put(self, name, content):
+        (self.path / name).unlink()  # some file systems wait for the disk where a file is written over
+        (self.path / name).write_bytes(content)
+
     def load(self, name, content):
         """What from_pretrained makes of the folder with this content of one file: a model, or None."""
-        (self.path / name).write_bytes(content)
+        self.put(name, content)
         try:
             model = tinyllm.from_pretrained(self.path)
         except InputError as error:
@@ -51,7 +55,7 @@ class Folder:
             self.refused += 1
             return None
         finally:
-            (self.path / name).write_bytes(self.good[name])
+            self.put(name, self.good[name])
         self.accepted += 1
         assert type(model) is type(self.model)
         found = model.state_dict()
