@@ -49,10 +49,14 @@ def parser(text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def options(parser: argparse.ArgumentParser, *, out: str, steps: int) -> None:
-    """The options that every example has: --data, --steps, --seed, --device and --out."""
+def options(parser: argparse.ArgumentParser, *, out: str, steps: int, data: bool = True) -> None:
+    """The options that every example has: --data, --steps, --seed, --device and --out.
+
+    data False: for an example that makes its data itself.
+    """
     add = parser.add_argument
-    add("--data", type=path, help="a UTF-8 text file, a folder, or a .gz (default: Python's own docs)")
+    if data:
+        add("--data", type=path, help="a UTF-8 text file, a folder, or a .gz (default: Python's own docs)")
     add("--steps", type=number(), default=steps, help=f"steps of the optimizer (default: {steps})")
     add("--seed", type=number(int, 0), default=0, help="of weights, batches and sampling (default: 0)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")

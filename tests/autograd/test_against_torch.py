@@ -62,6 +62,19 @@ def self_attention(qkv, heads, causal=False, window=None, keep=1.0):
     return attention(q, k, v, causal, window, keep=keep).transpose(1, 2).reshape(B, T, width // 3)
 
 
+def rotary(x, cos, sin):
+    """Points as complex numbers, turned by one product."""
+    heads = x.reshape(*x.shape[:-1], -1, 2, cos.shape[1])  # (..., T, H, 2, d/2)
+    z = torch.complex(heads[..., 0, :], heads[..., 1, :]) * torch.complex(cos, sin)[:, None]
+    return torch.stack([z.real, z.imag], -2).reshape(x.shape)
+
+
+def rotary_attention(q, k, v, cos, sin, window=None, keep=1.0):
+    heads = lambda x: x.reshape(*x.shape[:2], -1, 2 * cos.shape[1]).transpose(1, 2)
+    out = attention(heads(rotary(q, cos, sin)), heads(rotary(k, cos, sin)), heads(v), True, window, keep=keep)
+    return out.transpose(1, 2).reshape(q.shape)
+
+
 def wkv(w, u, k, v, state=None):
     """The weights of all positions for all, (B, T, T, C), and of what was before them, (B, T, C)."""
     t = torch.arange(k.shape[1])
@@ -126,8 +139,11 @@ THEIRS = {
     "linear": functional.linear,
     "linear_cross_entropy": lambda x, w, *args, **kwargs: cross_entropy(x @ w.T, *args, **kwargs),
     "rms_norm": rms_norm,
+    "rotary": rotary,
+    "rotary_attention": rotary_attention,
     "self_attention": self_attention,
     "silu": functional.silu,
+    "swiglu": lambda gate, up: functional.silu(gate) * up,
     "wkv": wkv,
 }
 OURS = {name: getattr(primitives, name) for name in PRIMITIVES if PRIMITIVES[name].differentiable}
