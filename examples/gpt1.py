@@ -213,14 +213,15 @@ def draw(
     path: Path, runs: Runs, best: tuple[str, str], labels: np.ndarray, names: list[str], share: float
 ) -> None:
     """Left the accuracies over the steps; right how often the best run takes each package for which."""
-    figure, (left, right) = plots.figure(1, 2, (10.4, 4.3))
+    figure, (left, right) = plots.figure(1, 2, (10, 4))
     starts = list(dict.fromkeys(start for start, _ in runs))
     for (start, objective), run in runs.items():
         color = plots.COLORS[starts.index(start)]
         style = "o-" if OBJECTIVES[objective] == 0 else "o--"
         percent = 100 * np.array(run.accuracies)
         left.plot(run.steps, percent, style, color=color, markersize=4, label=f"{start}, {objective}")
-    left.axhline(100 * share, color="grey", linestyle=":", label="the most frequent package always")
+    left.axhline(100 * share, color="grey", linestyle=":")
+    left.text(runs[best].steps[-1], 100 * share - 5, "always the most frequent", color="grey", ha="right")
     left.set_ylim(0, 100)
     labelling = {"xlabel": "step of fine-tuning", "ylabel": "held-out accuracy, %"}
     plots.finish(left, **labelling, title="which package wrote this docstring?")
