@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from autograd import nn
-from autograd.backend import to_host
+import autograd.functional as F
+from autograd import Tensor, nn
+from autograd.backend import Array, array_module, to_host
 from tinyllm import generation, pretrained
 from tinyllm.checkpoints import resolve, verify
 from tinyllm.errors import InputError
@@ -118,11 +119,72 @@ def _without_layer(name: str) -> tuple[str, str, str]:
 
 
 class CausalModel(PretrainedModel):
-    """A model that predicts the next token: it has `context`, `vocabulary_size`, and two halves of forward,
-    hidden_states(input_ids, cache) -> (B, T, C) and head(hidden) -> logits."""
+    """A model that predicts the next token.
+
+    It has a `context`, the most positions it can read, and the part before the head, which is where models
+    differ: hidden_states(input_ids, cache) -> (B, T, C).
+    """
 
     context: int
-    vocabulary_size: int
+    published_head: ClassVar[str] = "lm_head.weight"  # which files of a tied head may hold too
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head (V, C): the token embedding itself (tied), unless a model says otherwise."""
+        return self.token_embedding.weight
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) -> logits (..., V) = hidden head_weight^T."""
+        return F.linear(hidden, self.head_weight)
+
+    def forward(self, input_ids: Any, cache: Any = None) -> Tensor:
+        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token.
+
+        A cache, from new_cache, holds what came before them, and takes them in.
+        """
+        return self.head(self.hidden_states(input_ids, cache))
+
+    def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count."""
+        hidden, targets = self.hidden_states(input_ids), self._ids(targets)
+        return F.linear_cross_entropy(hidden, self.head_weight, targets, -100, reduction)
+
+    def _ids(self, input_ids: Any) -> Array:
+        """input_ids (B, T) on the device of the weights."""
+        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
+        _, weight = next(self.named_parameters())
+        ids = array_module(weight.data).asarray(ids)
+        if ids.ndim != 2:
+            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
+        return ids
+
+    def _read(self, input_ids: Any, cache: Any) -> tuple[Array, int]:
+        """input_ids (B, T) on the device of the weights, and the position of the first.
+
+        Raises:
+            InputError: they and what the cache holds are more than the context.
+        """
+        ids, start = self._ids(input_ids), cache.length if cache is not None else 0
+        if start + ids.shape[1] > self.context:
+            raise InputError(
+                f"{start + ids.shape[1]} tokens do not fit the model's context of {self.context}"
+            )
+        return ids, start
+
+    def check_published(self, weights: pretrained.Weights) -> None:
+        """Raise InputError if a file has a head of its own where the model's is tied to its embedding."""
+        table, name = getattr(self, "token_embedding", None), self.published_head
+        if table is None or self.head_weight is not table.weight or name not in weights.shapes:
+            return
+        if not np.array_equal(weights[name], table.weight.data):
+            raise InputError(
+                f"the weights in {weights.folder} have an output head of their own ({name}), but the model's "
+                "is tied to its token embedding (tie_word_embeddings)"
+            )
 
     def new_cache(self, capacity: int) -> Any:
         """An empty cache for up to `capacity` positions; see `generation.KeyValueCache`."""

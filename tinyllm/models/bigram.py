@@ -112,10 +112,6 @@ class Bigram(CausalModel):
         model.table.weight.data = log_p.astype(np.float32)
         return model.eval()
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.config.vocab_size
-
     def probabilities(self) -> Tensor:
         """p(b | a) at [a, b], (V, V)."""
         return F.softmax(self.table.weight)
@@ -128,25 +124,14 @@ class Bigram(CausalModel):
         Raises:
             IndexError: an id outside the vocabulary.
         """
-        ids = self._ids(input_ids)
+        ids, _ = self._read(input_ids, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.table(ids)
 
-    def _ids(self, input_ids: Any) -> Array:
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        ids = array_module(self.table.weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
-        return ids
-
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., V) -> logits (..., V): the same."""
         return hidden
-
-    def forward(self, input_ids: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token."""
-        return self.head(self.hidden_states(input_ids, cache))
 
     def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
         """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count."""

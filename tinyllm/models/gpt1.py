@@ -24,10 +24,11 @@ import numpy as np
 import autograd.functional as F
 from autograd import Tensor, nn
 from autograd.backend import Array, array_module
+from tinyllm.attention import SelfAttention
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import Weights, refuse_unknown
+from tinyllm.pretrained import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -87,30 +88,6 @@ class GPT1Config:
 SIZES = {"openai-gpt": GPT1Config()}
 
 
-class Attention(nn.Module):
-    """Causal self-attention: each position reads from itself and the positions before it.
-
-    For each head  softmax(q k^T / sqrt(d)) v  over those positions; `autograd.attention.attention_composed`
-    spells it out. With a cache, q holds the new positions only, k and v all so far.
-    """
-
-    def __init__(self, config: GPT1Config, layer: int) -> None:
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
-        self.n_head, self.layer, self.p = config.n_head, layer, config.attn_pdrop
-
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-        qkv = self.query_key_value(x)  # (B, T, 3 C)
-        if cache is None:
-            dropout = self.p if self.training else 0.0
-            return self.projection(F.self_attention(qkv, self.n_head, causal=True, dropout=dropout))
-        B, T, C = x.shape
-        q, k, v = qkv.reshape(B, T, 3, self.n_head, C // self.n_head).transpose(2, 0, 3, 1, 4)  # (B, H, T, d)
-        k, v = cache.extend(self.layer, k, v)
-        out = F.attention(q, k, v, causal=True)
-        return self.projection(out.transpose(0, 2, 1, 3).reshape(B, T, C))
-
-
 class MLP(nn.Module):
     """Two linear maps, with GELU between them, on each position by itself."""
 
@@ -126,7 +103,7 @@ class Block(nn.Module):
     """Attention, then MLP, each added to its own input; the sum is normalized."""
 
     def __init__(self, config: GPT1Config, layer: int) -> None:
-        self.attention = Attention(config, layer)
+        self.attention = SelfAttention(config.n_embd, config.n_head, layer, config.attn_pdrop)
         self.norm_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.norm_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -173,10 +150,6 @@ class GPT1(CausalModel):
     def context(self) -> int:
         return self.config.n_positions
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.config.vocab_size
-
     def hidden_states(self, input_ids: Any, cache: KeyValueCache | None = None) -> Tensor:
         """input_ids (B, T) -> (B, T, C), the input of the head. A cache holds what came before them.
 
@@ -184,11 +157,8 @@ class GPT1(CausalModel):
             InputError: more positions than the context.
             IndexError: an id outside the vocabulary.
         """
-        ids = self._ids(input_ids)
-        start = cache.length if cache is not None else 0
+        ids, start = self._read(input_ids, cache)
         T = ids.shape[1]
-        if start + T > self.context:
-            raise InputError(f"{start + T} tokens do not fit the model's context of {self.context}")
         x = self.token_embedding(ids) + self.position_embedding.weight[start : start + T]  # (B, T, C)
         x = self.dropout(x)
         for block in self.blocks:
@@ -196,34 +166,6 @@ class GPT1(CausalModel):
         if cache is not None:
             cache.advance(T)
         return x
-
-    def _ids(self, input_ids: Any) -> Array:
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        ids = array_module(self.token_embedding.weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
-        return ids
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), by the token embedding's own weights."""
-        return F.linear(hidden, self.token_embedding.weight)
-
-    def forward(self, input_ids: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token."""
-        return self.head(self.hidden_states(input_ids, cache))
-
-    def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """L1 (equation 1): cross-entropy of the targets (B, T), in nats a token; -100 does not count."""
-        hidden, targets = self.hidden_states(input_ids), self._ids(targets)
-        return F.linear_cross_entropy(hidden, self.token_embedding.weight, targets, -100, reduction)
-
-    def check_published(self, weights: Weights) -> None:
-        head = weights.get("lm_head.weight")
-        if head is not None and not np.array_equal(head, self.token_embedding.weight.data):
-            raise InputError(
-                f"the weights in {weights.folder} have an output head of their own (lm_head.weight); "
-                "GPT-1's head is tied to its token embedding"
-            )
 
     def extended(self, count: int, rng: np.random.Generator) -> GPT1:
         """A copy that knows `count` more tokens, ids V ... V + count - 1, with embeddings drawn from rng."""

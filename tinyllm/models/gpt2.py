@@ -21,11 +21,11 @@ import numpy as np
 
 import autograd.functional as F
 from autograd import Tensor, nn
-from autograd.backend import Array, array_module
+from tinyllm.attention import SelfAttention
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import Weights, refuse_unknown
+from tinyllm.pretrained import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -94,33 +94,6 @@ SIZES = {
 }
 
 
-class Attention(nn.Module):
-    """Causal self-attention: each position reads from itself and the positions before it.
-
-    For each head  softmax(q k^T / sqrt(d)) v  over those positions; `autograd.attention.attention_composed`
-    spells it out. With a cache, q holds the new positions only, k and v all so far.
-    """
-
-    window: int | None = None  # how many positions it sees, itself among them; None: all (GPT-3 narrows it)
-
-    def __init__(self, config: GPT2Config, layer: int) -> None:
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
-        self.n_head, self.layer, self.p = config.n_head, layer, config.attn_pdrop
-
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-        qkv = self.query_key_value(x)  # (B, T, 3 C)
-        if cache is None:
-            dropout = self.p if self.training else 0.0
-            out = F.self_attention(qkv, self.n_head, causal=True, window=self.window, dropout=dropout)
-            return self.projection(out)
-        B, T, C = x.shape
-        q, k, v = qkv.reshape(B, T, 3, self.n_head, C // self.n_head).transpose(2, 0, 3, 1, 4)  # (B, H, T, d)
-        k, v = cache.extend(self.layer, k, v)
-        out = F.attention(q, k, v, causal=True, window=self.window)
-        return self.projection(out.transpose(0, 2, 1, 3).reshape(B, T, C))
-
-
 class MLP(nn.Module):
     """Two linear maps, with GELU between them, on each position by itself."""
 
@@ -138,7 +111,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         self.norm_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.attention = Attention(config, layer)
+        self.attention = SelfAttention(config.n_embd, config.n_head, layer, config.attn_pdrop)
         self.norm_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -192,10 +165,6 @@ class GPT2(CausalModel):
     def context(self) -> int:
         return self.config.n_positions
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.config.vocab_size
-
     def hidden_states(self, input_ids: Any, cache: KeyValueCache | None = None) -> Tensor:
         """input_ids (B, T) -> (B, T, C), the input of the head. A cache holds what came before them.
 
@@ -203,11 +172,8 @@ class GPT2(CausalModel):
             InputError: more positions than the context.
             IndexError: an id outside the vocabulary.
         """
-        ids = self._ids(input_ids)
-        start = cache.length if cache is not None else 0
+        ids, start = self._read(input_ids, cache)
         T = ids.shape[1]
-        if start + T > self.context:
-            raise InputError(f"{start + T} tokens do not fit the model's context of {self.context}")
         x = self.token_embedding(ids) + self.position_embedding.weight[start : start + T]  # (B, T, C)
         x = self.dropout(x)
         for block in self.blocks:
@@ -215,31 +181,3 @@ class GPT2(CausalModel):
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
-
-    def _ids(self, input_ids: Any) -> Array:
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        ids = array_module(self.token_embedding.weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
-        return ids
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), by the token embedding's own weights."""
-        return F.linear(hidden, self.token_embedding.weight)
-
-    def forward(self, input_ids: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token."""
-        return self.head(self.hidden_states(input_ids, cache))
-
-    def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count."""
-        hidden, targets = self.hidden_states(input_ids), self._ids(targets)
-        return F.linear_cross_entropy(hidden, self.token_embedding.weight, targets, -100, reduction)
-
-    def check_published(self, weights: Weights) -> None:
-        head = weights.get("lm_head.weight")
-        if head is not None and not np.array_equal(head, self.token_embedding.weight.data):
-            raise InputError(
-                f"the weights in {weights.folder} have an output head of their own (lm_head.weight); "
-                "GPT-2's head is tied to its token embedding"
-            )

@@ -31,7 +31,7 @@ from autograd import Tensor, nn
 from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import Weights, refuse_unknown
+from tinyllm.pretrained import refuse_unknown
 
 # The kinds of rope_scaling, and the numbers that each needs; see `rope_frequencies`.
 ROPE_SCALINGS = {
@@ -321,14 +321,14 @@ class LLaMA(CausalModel):
     def context(self) -> int:
         return self.config.max_position_embeddings
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.config.vocab_size
-
     @functools.cached_property
     def frequencies(self) -> np.ndarray:
         """See `rope_frequencies`. Not before they are asked for: then the weights have confirmed head_dim."""
         return rope_frequencies(self.config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.output.weight
 
     def hidden_states(self, input_ids: Any, cache: Any = None) -> Tensor:
         """input_ids (B, T) -> (B, T, C), the input of the head. A cache holds what came before them.
@@ -337,11 +337,8 @@ class LLaMA(CausalModel):
             InputError: more positions than the context.
             IndexError: an id outside the vocabulary.
         """
-        ids = self._ids(input_ids)
-        start = cache.length if cache is not None else 0
+        ids, start = self._read(input_ids, cache)
         T = ids.shape[1]
-        if start + T > self.context:
-            raise InputError(f"{start + T} tokens do not fit the model's context of {self.context}")
         x = self.token_embedding(ids)  # (B, T, C)
         cos, sin = self._rotation(start, T)
         for block in self.blocks:
@@ -357,31 +354,3 @@ class LLaMA(CausalModel):
         positions = xp.arange(start, start + T, dtype=self.frequencies.dtype)
         angles = positions[:, None] * xp.asarray(self.frequencies)
         return xp.cos(angles).astype(weight.dtype), xp.sin(angles).astype(weight.dtype)
-
-    def _ids(self, input_ids: Any) -> Array:
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        ids = array_module(self.token_embedding.weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
-        return ids
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V)."""
-        return self.output(hidden)
-
-    def forward(self, input_ids: Any, cache: Any = None) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token."""
-        return self.head(self.hidden_states(input_ids, cache))
-
-    def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count."""
-        hidden, targets = self.hidden_states(input_ids), self._ids(targets)
-        return F.linear_cross_entropy(hidden, self.output.weight, targets, -100, reduction)
-
-    def check_published(self, weights: Weights) -> None:
-        if self.config.tie_word_embeddings and "lm_head.weight" in weights.shapes:
-            if not np.array_equal(weights["lm_head.weight"], self.token_embedding.weight.data):
-                raise InputError(
-                    f"the weights in {weights.folder} have an output head of their own (lm_head.weight), but "
-                    "config.json ties it to the token embedding (tie_word_embeddings)"
-                )

@@ -29,7 +29,7 @@ from autograd import Tensor, concatenate, exp, is_recording, nn, sigmoid
 from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import Weights, refuse_unknown
+from tinyllm.pretrained import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,7 @@ class RWKV(CausalModel):
         "blocks.{}.channel_mix.value": "blocks.{}.feed_forward.value",
         "norm": "ln_out",
     }
+    published_head = "head.weight"
     ignored = r"head\.weight"  # if it is tied
 
     def __init__(self, config: RWKVConfig, seed: int | None = 0) -> None:
@@ -254,7 +255,7 @@ class RWKV(CausalModel):
             self._initialize(np.random.default_rng(seed))
 
     def published_name(self, name: str) -> str:
-        return "head.weight" if name == "output.weight" else super().published_name(name)
+        return self.published_head if name == "output.weight" else super().published_name(name)
 
     def published_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1, 1, *shape) if "time_mix_" in name else super().published_shape(name, shape)
@@ -282,13 +283,13 @@ class RWKV(CausalModel):
         cut off the beginning of a text."""
         return sys.maxsize
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.config.vocab_size
-
     def new_cache(self, capacity: int) -> RecurrentState:
         """An empty state, for any number of positions."""
         return RecurrentState()
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.output.weight
 
     def hidden_states(self, input_ids: Any, cache: RecurrentState | None = None) -> Tensor:
         """input_ids (B, T) -> (B, T, C), the input of the head. A state holds what came before them.
@@ -296,41 +297,13 @@ class RWKV(CausalModel):
         Raises:
             IndexError: an id outside the vocabulary.
         """
-        ids = self._ids(input_ids)
+        ids, _ = self._read(input_ids, cache)
         x = self.embedding_norm(self.token_embedding(ids))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
-
-    def _ids(self, input_ids: Any) -> Array:
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        ids = array_module(self.token_embedding.weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
-        return ids
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V)."""
-        return self.output(hidden)
-
-    def forward(self, input_ids: Any, cache: RecurrentState | None = None) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V): at each position the scores of the next token."""
-        return self.head(self.hidden_states(input_ids, cache))
-
-    def loss(self, input_ids: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count."""
-        hidden, targets = self.hidden_states(input_ids), self._ids(targets)
-        return F.linear_cross_entropy(hidden, self.output.weight, targets, -100, reduction)
-
-    def check_published(self, weights: Weights) -> None:
-        if self.config.tie_word_embeddings and "head.weight" in weights.shapes:
-            if not np.array_equal(weights["head.weight"], self.token_embedding.weight.data):
-                raise InputError(
-                    f"the weights in {weights.folder} have an output head of their own (head.weight), but "
-                    "config.json ties it to the token embedding (tie_word_embeddings)"
-                )
 
 
 def _initialize_time(block: Block, layer: int, layers: int) -> None:
