@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class _Group:
         return (slice(i, i + size) for i in range(0, self.flat.size, size))
 
 
-class Optimizer:
+class Optimizer(ABC):
     """What the optimizers share: groups of parameters, zero_grad, and a state to save.
 
     parameters: a list of Parameters, or of dicts {"params": [...], "weight_decay": ...} as decay_groups
@@ -96,9 +97,9 @@ class Optimizer:
         state = {slot: array[chunk] for slot, array in group.state.items()}
         self.update(group.flat[chunk], group.grad[chunk], state, group.weight_decay)
 
+    @abstractmethod
     def update(self, p: Array, g: Array, state: dict[str, Array], weight_decay: float) -> None:
         """Change p and the state, in place, by one step with gradient g; g may be used up."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state as host arrays by name; with `steps` all that a resumed run needs."""

@@ -22,7 +22,7 @@ from autograd.backend import Array
 
 
 class DataParallel:
-    """A model's loss and gradients on batches, in `shards` pieces on as many threads.
+    """A model's loss and gradients on batches, in `shards` pieces on as many threads, this one among them.
 
     The model has loss(inputs, targets, reduction) -> Tensor. On a GPU there is one shard. As a context
     manager it keeps the BLAS single-threaded while it is open.
@@ -55,7 +55,8 @@ class DataParallel:
         """Add the gradients of loss / parts to every parameter's `.grad`; returns the mean loss in nats.
 
         inputs, targets (B, ...); targets of -100 do not count. The random numbers of dropout depend on the
-        seed and the shard alone. parts: how many batches are accumulated before a step.
+        seed and the shard alone; those of this thread start anew, as by manual_seed. parts: how many batches
+        are accumulated before a step.
         """
         share = 1 / (max(int((targets != -100).sum()), 1) * parts)
 

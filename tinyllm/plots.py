@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ def save(drawn: Any, path: str | Path) -> None:
     write_files(path.parent, {path.name: lambda file: drawn.savefig(file, format="png", dpi=130)})
 
 
-def training_curve(axes: Any, losses: Sequence[float], label: str, color: str, faint: bool = True) -> None:
+def training_curve(axes: Any, losses: Sequence[float], label: str, color: str) -> None:
     """The loss of every step faintly, and its running mean."""
     losses = np.asarray(losses, float)
     steps = np.arange(1, len(losses) + 1)
-    if faint:
-        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.7)
+    axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.7)
     width = max(1, len(losses) // 50)
     mean = np.convolve(losses, np.ones(width) / width, mode="valid")
     axes.plot(steps[width - 1 :] - (width - 1) / 2, mean, color=color, label=label)
@@ -46,14 +45,3 @@ def finish(axes: Any, **labels: str) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-
-
-def curves(
-    path: str | Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], **labels: str
-) -> None:
-    """One picture of several curves, name -> (x, y), with points on them."""
-    drawn, axes = figure()
-    for (name, (x, y)), color in zip(lines.items(), COLORS * (1 + len(lines) // len(COLORS))):
-        axes.plot(x, y, "o-", color=color, label=name, markersize=3)
-    finish(axes, **labels)
-    save(drawn, path)

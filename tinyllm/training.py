@@ -155,7 +155,9 @@ def fit(
             try:
                 progress.losses.append(steps.take(step, [batch(step)]))
             except Diverged as error:
-                raise Diverged(f"{label} diverged at step {step + 1}: {error}; use a smaller --lr") from None
+                raise Diverged(
+                    f"{label} diverged at step {step + 1}: {error}: use a smaller learning rate"
+                ) from None
             bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
             last = step + 1 == recipe.steps or interrupted()
             if validation and ((step + 1) % every == 0 or last):

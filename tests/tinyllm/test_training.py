@@ -7,16 +7,18 @@ import math
 import re
 import signal
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tinyllm import checkpoints
+from tinyllm.datasets import Sampler, evaluation_batches
 from tinyllm.errors import InputError
 from tinyllm.models import GPT2, GPT2Config
 from tinyllm.tokenizers import BytePairTokenizer, load_tokenizer, train_bpe
-from tinyllm.training import Diverged, Interrupted, Recipe, Trainer
+from tinyllm.training import Diverged, Interrupted, Recipe, Trainer, fit
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler – in the mind – to suffer. " * 8
 RECIPE = Recipe(steps=8, batch=3, context=8, lr=0.01, warmup=2)
@@ -316,3 +318,70 @@ def test_ctrl_c_saves_no_broken_weights(make, monkeypatch):
 def test_recipes_that_cannot_be_followed(wrong):
     with pytest.raises(InputError, match=re.escape(str(*wrong.values()))):
         Recipe(**wrong)
+
+
+# ---- fit: the same steps, and nothing kept ---------------------------------------------------------------
+
+
+@pytest.fixture
+def experiment(make):
+    """(the trainer that it is compared with, fit with its model, batches and validation, ready to run)."""
+    trainer = make(out=Path("never"))
+    sampler = Sampler(trainer.sampler.tokens, RECIPE.batch, RECIPE.context, RECIPE.seed)
+
+    def batch(step: int):
+        sampler.position = step
+        return sampler.next()
+
+    batches = lambda: evaluation_batches(trainer.validation, RECIPE.batch, RECIPE.context)
+    return trainer, lambda batch=batch, every=3, recipe=RECIPE: fit(
+        make().model, batch, recipe, "experiment", batches, every
+    )
+
+
+def test_fit_takes_the_trainers_steps(experiment, monkeypatch):
+    trainer, run = experiment
+    progress = run()
+    monkeypatch.setattr(trainer, "save", lambda: None)
+    trainer.run(quiet)
+    assert progress.losses == trainer.progress.losses
+    assert [step for step, _ in progress.validation] == [0, 3, 6, 8]
+    theirs = dict(trainer.progress.validation)
+    assert all(loss == theirs[step] for step, loss in progress.validation)
+
+
+def test_ctrl_c_ends_fit_early_and_keeps_what_it_learned(experiment, capsys):
+    _, run = experiment
+    handler = signal.getsignal(signal.SIGINT)
+    full = run()
+    sampled = []
+
+    def batch(step: int):
+        sampled.append(step)
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(step)
+
+    original = run.__defaults__[0]
+    progress = run(batch)
+    assert sampled == [0, 1, 2, 3, 4] and progress.losses == full.losses[:5]
+    assert [step for step, _ in progress.validation] == [0, 3, 5]
+    assert "experiment stopped early, after step 5" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_stops_fit_at_once(experiment):
+    def batch(step: int):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        experiment[1](batch)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_fit_that_diverges_says_where(experiment):
+    with pytest.raises(Diverged, match="experiment diverged at step [2-8]: loss .*: use a smaller learning"):
+        experiment[1](recipe=replace(RECIPE, lr=1e150, warmup=1))
