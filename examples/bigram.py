@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -23,10 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import autograd.functional as F
-from autograd.backend import device_module
 from tinyllm import cli, corpus, plots
 from tinyllm.datasets import Sampler, evaluation_batches
-from tinyllm.files import disk_errors
 from tinyllm.models import Bigram, BigramConfig
 from tinyllm.models.bigram import count_pairs
 from tinyllm.tokenizers import CharacterTokenizer
@@ -41,9 +38,7 @@ SHOWN = 26  # characters in the picture of the table
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     tokenizer, train, validation = characters(args.data)
     V = tokenizer.vocabulary_size
     print(f"corpus: {len(train):,} characters to train on, {len(validation):,} to validate, {V} different\n")
@@ -59,6 +54,9 @@ def main() -> None:
     learned = Bigram(BigramConfig(V), args.seed).to(args.device)
     progress = learn(learned, train, validation, args.steps, args.seed)
     print(line(f"learned, {progress.step} steps", *(nats(learned, count) for count in counts)))
+    lowest, step = min((loss, step) for step, loss in progress.validation)
+    rise = progress.validation[-1][1] - lowest
+    print(f"its validation loss was lowest after {step} steps, and rose by {rise:.4f} from there")
 
     models = {f"counted, smoothing {best}": counted[best], "learned": learned}
     p, q = (model.probabilities().numpy() for model in models.values())  # (V, V)
@@ -98,7 +96,7 @@ def characters(data: Path | None) -> tuple[CharacterTokenizer, np.ndarray, np.nd
 
 def nats(model: Bigram, count: np.ndarray) -> float:
     """The mean loss over a text, which it sees only through the counts (V, V) of its pairs."""
-    minus_log_p = np.abs(F.log_softmax(model.table.weight).numpy())
+    minus_log_p = -F.log_softmax(model.table.weight).numpy()
     seen = count > 0
     return float(count[seen] @ minus_log_p[seen] / count.sum())
 
@@ -120,7 +118,7 @@ def sample(model: Bigram, tokenizer: CharacterTokenizer, seed: int, length: int 
     """Some text from the model, after the end of a line."""
     start = "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
     (ids,) = model.generate([tokenizer.encode(start)], length, seed=seed)
-    return textwrap.indent(tokenizer.decode(ids[1:]), "   | ", lambda line: True)
+    return cli.quoted(tokenizer.decode(ids[1:]))
 
 
 def draw(

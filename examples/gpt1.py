@@ -15,7 +15,6 @@ minutes on 2 cores. It prints the held-out accuracies and draws them in runs/gpt
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -25,10 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from autograd import no_grad
-from autograd.backend import device_module
 from tinyllm import cli, corpus, plots
 from tinyllm.datasets import Batch, Document, Sampler, documents, evaluation_batches, split_documents
-from tinyllm.files import disk_errors
 from tinyllm.models import GPT1, GPT1Config
 from tinyllm.models.gpt1 import Classifier
 from tinyllm.tokenizers import Tokenizer
@@ -37,8 +34,8 @@ from tinyllm.training import Recipe, fit
 VOCABULARY, CLASSES, HELD_OUT = 1024, 8, 0.3
 # So small that a minute of pre-training shows it each token of the prose 27 times.
 CONFIG = GPT1Config(n_positions=64, n_embd=64, n_layer=4, n_head=4, attn_pdrop=0.0)
-PRETRAINING = Recipe(batch=32, context=64, lr=3e-3)
-FINE_TUNING = Recipe(batch=32, lr=2e-3, warmup=20)
+PRETRAINING = Recipe(batch=32, context=64, lr=3e-3, shards=2)
+FINE_TUNING = Recipe(batch=32, lr=2e-3, warmup=20, shards=2)
 OBJECTIVES = {"L2 alone": 0.0, "L2 + L1 / 2": 0.5}  # name -> lambda
 MASK = "package"
 
@@ -60,18 +57,15 @@ class Run(NamedTuple):
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     text = corpus.load(args.data, VOCABULARY)
-    names, train, held_out = labelled(documents("docstrings"))
+    names, train, held_out = labelled(documents("docstrings"), text.tokenizer)
 
     config = replace(CONFIG, vocab_size=text.tokenizer.vocabulary_size)
     starts = {name: GPT1(config, args.seed).to(args.device) for name in ("pre-trained", "from scratch")}
     print(f"model:        GPT-1 with {starts['pre-trained'].parameter_count():,} parameters")
     pretrain(starts["pre-trained"], text, args)
 
-    train, held_out = (texts(side, names, text.tokenizer) for side in (train, held_out))
     counts = f"{len(train.labels):,} to learn from, {len(held_out.labels)} held out"
     print(f"docstrings:   {counts}, of {', '.join(names)}\n")
     runs = {
@@ -80,7 +74,9 @@ def main() -> None:
         for objective, auxiliary in OBJECTIVES.items()
     }
     shares = np.bincount(held_out.labels, minlength=len(names)) / len(held_out.labels)
-    print(table(runs, names[shares.argmax()], shares.max(), len(held_out.labels)))
+    counted = (naive_bayes(train, held_out, config.vocab_size) == held_out.labels).mean()
+    others = {"naive Bayes": counted, f"always {names[shares.argmax()]}": shares.max()}
+    print(table(runs, others, len(held_out.labels)))
     best = max(runs, key=lambda key: runs[key].accuracies[-1])
     print(guessed(best, runs[best].guesses, held_out, names, text.tokenizer, args.seed))
     draw(args.out / "gpt1.png", runs, best, held_out.labels, names, shares.max())
@@ -94,16 +90,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shards(recipe: Recipe) -> int:
-    return min(os.cpu_count() or 1, recipe.batch, 8)
-
-
 # Pre-training
 
 
 def pretrain(model: GPT1, text: corpus.Corpus, args: argparse.Namespace) -> None:
     """L1 on the training side of the text."""
-    recipe = replace(PRETRAINING, steps=args.steps, seed=args.seed, shards=shards(PRETRAINING))
+    recipe = replace(PRETRAINING, steps=args.steps, seed=args.seed)
     sampler = Sampler(text.train, recipe.batch, recipe.context, recipe.seed)
     # A part of the validation side tells the loss well enough.
     evaluation = lambda: evaluation_batches(text.validation[:20_000], recipe.batch, recipe.context)
@@ -115,28 +107,25 @@ def pretrain(model: GPT1, text: corpus.Corpus, args: argparse.Namespace) -> None
 # The task
 
 
-def labelled(found: list[Document]) -> tuple[list[str], list[Document], list[Document]]:
+def labelled(found: list[Document], tokenizer: Tokenizer) -> tuple[list[str], Texts, Texts]:
     """The names of the packages with the most docstrings, and these, masked, split by name.
 
-    No masked text stands twice, so none that is held out is in training.
+    Nothing that the model reads stands twice, so nothing that is held out is in training. The texts are in
+    the order of their lengths, so that a batch in this order has little padding.
     """
     public = Counter(document.label for document in found if not document.label.startswith("_"))
     names = [name for name, _ in public.most_common(CLASSES)]
     mask = re.compile("|".join(names), re.IGNORECASE)
-    masked: dict[str, Document] = {}
-    for label, name, text in found:
-        if label in names:
-            text = mask.sub(MASK, text)
-            masked.setdefault(text, Document(label, name, text))
-    return names, *split_documents(masked.values(), HELD_OUT)
-
-
-def texts(found: list[Document], names: list[str], tokenizer: Tokenizer) -> Texts:
-    """The documents in the order of their lengths, so that a batch in this order has little padding."""
     longest = CONFIG.n_positions - 2  # start and extract need a place too
-    rows = [(tokenizer.encode(document.text)[:longest], names.index(document.label)) for document in found]
-    rows.sort(key=lambda row: len(row[0]))
-    return Texts([tokens for tokens, _ in rows], np.array([label for _, label in rows]))
+    rows: dict[tuple[int, ...], Document] = {}
+    for document in found:
+        if document.label in names:
+            tokens = tokenizer.encode(mask.sub(MASK, document.text))[:longest]
+            rows.setdefault(tuple(tokens), document)
+    read = {document: list(tokens) for tokens, document in sorted(rows.items(), key=lambda row: len(row[0]))}
+    sides = split_documents(read, HELD_OUT)
+    label = lambda document: names.index(document.label)
+    return names, *(Texts([read[d] for d in side], np.array([label(d) for d in side])) for side in sides)
 
 
 def batch(model: Classifier, of: Texts, chosen: np.ndarray) -> Batch:
@@ -149,7 +138,7 @@ def finetune(
     start: GPT1, auxiliary: float, train: Texts, held_out: Texts, args: argparse.Namespace, label: str
 ) -> Run:
     """L3 on the labelled texts; the start itself stays as it is."""
-    recipe = replace(FINE_TUNING, steps=args.tune, seed=args.seed, shards=shards(FINE_TUNING))
+    recipe = replace(FINE_TUNING, steps=args.tune, seed=args.seed)
     model = Classifier(start, CLASSES, auxiliary, seed=args.seed)
     rng, count = np.random.default_rng(args.seed), len(train.labels)
     epochs = -(-recipe.steps * recipe.batch // count)
@@ -170,19 +159,28 @@ def finetune(
     return Run(steps, [float((g == held_out.labels).mean()) for g in guesses], guesses[-1])
 
 
+def naive_bayes(train: Texts, held_out: Texts, vocabulary: int) -> np.ndarray:
+    """The guesses (N,): argmax of log p(class) + sum over a text's tokens of log p(token | class), each p by
+    Laplace's rule, a count and one more."""
+    count = lambda of: np.array([np.bincount(row, minlength=vocabulary) for row in of.tokens])  # (N, V)
+    log_p = lambda n: np.log((n + 1) / (n + 1).sum(axis=-1, keepdims=True))
+    classes = np.eye(CLASSES)[train.labels]  # (N, CLASSES)
+    return (count(held_out) @ log_p(classes.T @ count(train)).T + log_p(classes.sum(axis=0))).argmax(axis=-1)
+
+
 # What it shows
 
 Runs = dict[tuple[str, str], Run]  # (start, objective) -> run
 
 
-def table(runs: Runs, majority: str, share: float, count: int) -> str:
-    """The accuracies at the end, and what they must beat."""
+def table(runs: Runs, others: dict[str, float], count: int) -> str:
+    """The accuracies at the end, and those of other ways to guess."""
     step = min(run.steps[-1] for run in runs.values())
     lines = [f"held-out accuracy after {step} steps" + "".join(f"{name:>14}" for name in OBJECTIVES)]
     for start in dict.fromkeys(start for start, _ in runs):
         accuracies = [runs[start, objective].accuracies[-1] for objective in OBJECTIVES]
         lines.append(f"  {start:<32}" + "".join(f"{accuracy:14.1%}" for accuracy in accuracies))
-    lines.append(f"  {'always ' + majority:<32}" + f"{share:14.1%}" * len(OBJECTIVES))
+    lines += [f"  {name:<32}" + f"{share:14.1%}" * len(OBJECTIVES) for name, share in others.items()]
     error = max((a * (1 - a) / count) ** 0.5 for run in runs.values() for a in run.accuracies[-1:])
     return (
         "\n".join(lines)

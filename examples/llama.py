@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,9 @@ from typing import Any
 import numpy as np
 
 from autograd import nn, no_grad
-from autograd.backend import device_module
 from tinyllm import cli, plots
 from tinyllm.corpus import Corpus, load
 from tinyllm.datasets import Sampler, bytes_per_token, evaluation_batches
-from tinyllm.files import disk_errors
 from tinyllm.model import CausalModel
 from tinyllm.models import GPT2, GPT2Config, LLaMA, LLaMAConfig
 from tinyllm.training import Progress, Recipe, fit
@@ -40,9 +36,7 @@ PROMPT = "The class statement"
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     corpus = load(args.data, VOCABULARY)
     print(f"corpus: {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate")
     print(f"run:    {args.steps:,} steps of {BATCH * CONTEXT:,} tokens for each model\n")
@@ -56,7 +50,8 @@ def main() -> None:
         loss = progress[name].validation[-1][1]
         nats = f"{loss:.3f} nats a token = {loss * scale:.3f} bits a byte"
         print(f"{name:10s}{model.parameter_count():13,}{trained:11.3f}   {nats}{cache_bytes(model):17,}")
-    print(f"\nLLaMA 2 writes:\n{sample(models['LLaMA 2'], corpus, args.seed)}")
+    prompt = corpus.tokenizer.encode(PROMPT)
+    print(f"\nLLaMA 2 writes:\n{cli.sample(models['LLaMA 2'], corpus.tokenizer, prompt, 80, args.seed)}")
     picture = args.out / "llama.png"
     draw(progress, scale, picture)
     print(f"\nthe three curves are drawn in {picture}")
@@ -91,8 +86,7 @@ def sized(config: LLaMAConfig, size: int) -> LLaMAConfig:
 
 def learn(name: str, model: CausalModel, corpus: Corpus, args: argparse.Namespace) -> Progress:
     """Train the model; the batches depend on the seed alone, so all models see the same."""
-    shards = min(os.cpu_count() or 1, 8)
-    recipe = Recipe(args.steps, BATCH, CONTEXT, warmup=min(50, args.steps), seed=args.seed, shards=shards)
+    recipe = Recipe(args.steps, BATCH, CONTEXT, warmup=min(50, args.steps), seed=args.seed, shards=2)
     sampler = Sampler(corpus.train, BATCH, CONTEXT, args.seed)
     validation = corpus.validation[: 100 * BATCH * CONTEXT + 1]
     return fit(
@@ -113,20 +107,11 @@ def cache_bytes(model: CausalModel) -> int:
     return cache.nbytes // CONTEXT
 
 
-def sample(model: CausalModel, corpus: Corpus, seed: int) -> str:
-    prompt = corpus.tokenizer.encode(PROMPT)
-    new = min(80, CONTEXT - len(prompt))
-    (ids,) = model.generate([prompt], new, temperature=0.8, top_k=50, seed=seed)
-    return textwrap.indent(corpus.tokenizer.decode(ids), "   | ", lambda line: True)
-
-
 def draw(progress: dict[str, Progress], scale: float, path: Path) -> None:
     """The validation losses over the steps, those of training faintly behind; bits a byte at the right."""
     figure, axes = plots.figure()
     for (name, run), color in zip(progress.items(), plots.COLORS):
-        width = max(1, len(run.losses) // 50)
-        mean = np.convolve(run.losses, np.ones(width) / width, mode="valid")
-        axes.plot(np.arange(len(mean)) + width / 2, mean, color=color, alpha=0.35, linewidth=1)
+        axes.plot(*plots.running_mean(run.losses), color=color, alpha=0.35, linewidth=1)
         steps, losses = zip(*run.validation)
         axes.plot(steps, losses, "o-", color=color, markersize=3, label=f"{name}: {losses[-1]:.2f}")
     plots.finish(

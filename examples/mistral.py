@@ -19,9 +19,6 @@ what a layer computes depends on tokens further and further away: not at all bey
 from __future__ import annotations
 
 import argparse
-import os
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from autograd import Tensor, grad, no_grad
-from autograd.backend import device_module, to_device
+from autograd.backend import to_device
 from tinyllm import cli, corpus, plots
 from tinyllm.datasets import Sampler, evaluation_batches
-from tinyllm.files import disk_errors
+from tinyllm.evaluation import cost, loss
 from tinyllm.models import Mistral, MistralConfig
 from tinyllm.training import Recipe, fit
 
@@ -54,9 +51,7 @@ TIMED = 32
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     tokenizer, train, validation = corpus.load(args.data, CONFIG.vocab_size)
     config = replace(CONFIG, vocab_size=tokenizer.vocabulary_size)
     model = Mistral(config, args.seed).to(args.device)
@@ -74,16 +69,15 @@ def main() -> None:
 
     prompt = validation[: window // 2].astype(np.int64)[None]
     compare(model, prompt, new=10 * window - prompt.shape[1])
-    text = tokenizer.decode(model.generate(prompt, 4 * window, temperature=0.8, top_k=50, seed=args.seed)[0])
-    print(f"\na text, drawn at temperature 0.8\n{textwrap.indent(text, '   | ', lambda line: True)}")
+    text = cli.sample(model, tokenizer, prompt[0], 4 * window, args.seed)
+    print(f"\na text, drawn at temperature 0.8\n{text}")
 
     ids = np.resize(train.astype(np.int64), (1, longest))
     print("\n            cache, KiB            a token, ms")
     print("position    window       all      window       all")
     for n in POSITIONS:
-        rolling, full = (held(kind, ids[:, :n]) / 1024 for kind in (model, free))
-        fast, slow = (1e3 * seconds_a_token(kind, ids[:, :n]) for kind in (model, free))
-        print(f"{n:8,}{rolling:10,.0f}{full:10,.0f}{fast:12.2f}{slow:10.2f}")
+        (rolling, fast), (full, slow) = (cost(kind, ids[:, :n], TIMED) for kind in (model, free))
+        print(f"{n:8,}{rolling / 1024:10,.0f}{full / 1024:10,.0f}{1e3 * fast:12.2f}{1e3 * slow:10.2f}")
 
     draw(args.out / "mistral.png", model, free, ids, args.seed)
     print(f"\nthe caches, and who sees whom, are drawn in {args.out / 'mistral.png'}")
@@ -96,17 +90,13 @@ def arguments() -> argparse.Namespace:
 
 
 def learn(model: Mistral, train: np.ndarray, validation: np.ndarray, args: argparse.Namespace) -> None:
-    shards = 1 if args.device == "cuda" else min(os.cpu_count() or 1, 8)
     context = max(min(CONTEXT, len(train) - 1), 1)
-    recipe = Recipe(args.steps, BATCH, context, seed=args.seed, shards=shards)
+    recipe = Recipe(args.steps, BATCH, context, seed=args.seed, shards=2)
     sampler = Sampler(train, recipe.batch, recipe.context, args.seed)
     evaluation = lambda: evaluation_batches(validation, BATCH, CONTEXT)
     every = max(1, args.steps // 4)
     progress = fit(model, lambda step: sampler.next(), recipe, "mistral", evaluation, every)
-    print("\n  step   training   validation loss")
-    for step, nats in progress.validation:
-        recent = progress.losses[max(step - 50, 0) : step]
-        print(f"{step:6,}{f'{np.mean(recent):.3f}' if recent else '':>11s}{nats:11.3f}")
+    print(f"\n{cli.losses(progress)}")
 
 
 def variation(model: Mistral, **options: Any) -> Mistral:
@@ -115,14 +105,6 @@ def variation(model: Mistral, **options: Any) -> Mistral:
     weights = model.state_dict()
     other.load_state_dict({name: weights[name] for name in other.state_dict()})
     return other.eval()
-
-
-def loss(model: Mistral, tokens: np.ndarray, context: int) -> float:
-    """Nats a token, read in pieces of that length."""
-    with no_grad():
-        batches = list(evaluation_batches(tokens, 1, context))
-        nats = sum(model.loss(*batch, reduction="sum").item() for batch in batches)
-    return nats / sum((targets != -100).sum() for _, targets in batches)
 
 
 def compare(model: Mistral, prompt: np.ndarray, new: int) -> None:
@@ -147,19 +129,6 @@ def held(model: Mistral, ids: np.ndarray) -> int:
         cache = model.new_cache(ids.shape[1])
         model.hidden_states(ids[:, :1], cache)
     return cache.nbytes
-
-
-def seconds_a_token(model: Mistral, ids: np.ndarray) -> float:
-    """The median of the last TIMED tokens of ids (1, T), read one by one after all others."""
-    start, seconds = ids.shape[1] - TIMED, []
-    with no_grad():
-        cache = model.new_cache(ids.shape[1])
-        model.hidden_states(ids[:, :start], cache)
-        for i in range(start, ids.shape[1]):
-            began = time.perf_counter()
-            model(ids[:, i : i + 1], cache).numpy()
-            seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds))
 
 
 def layers_between(config: MistralConfig, T: int) -> np.ndarray:

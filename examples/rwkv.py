@@ -16,24 +16,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from autograd import no_grad
-from autograd.backend import device_module
 from tinyllm import cli, plots
 from tinyllm.corpus import Corpus, load
 from tinyllm.datasets import Sampler, evaluation_batches
-from tinyllm.files import disk_errors
-from tinyllm.model import CausalModel
+from tinyllm.evaluation import cost, loss
 from tinyllm.models import GPT2, RWKV, GPT2Config, RWKVConfig
-from tinyllm.parallel import DataParallel
-from tinyllm.training import Progress, Recipe, fit, mean_loss
+from tinyllm.training import Progress, Recipe, fit
 
 VOCABULARY, WIDTH, LAYERS = 1024, 128, 4
 GPT2_LAYERS, GPT2_HEADS = 5, 4  # so that it has as many parameters, its table of positions left out
@@ -47,9 +40,7 @@ Costs = dict[str, list[tuple[int, float]]]  # model -> (bytes, seconds a token) 
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     corpus = load(args.data, VOCABULARY)
     V = corpus.tokenizer.vocabulary_size
     model = RWKV(RWKVConfig(V, CONTEXT, WIDTH, LAYERS), args.seed)
@@ -60,13 +51,16 @@ def main() -> None:
 
     print("\nvalidation loss, nats a token")
     for context in (CONTEXT, 16 * CONTEXT):
-        batches = evaluation_batches(corpus.validation, 1, context)
-        print(f"   {mean_loss(model, DataParallel(model, 1), batches):.3f}   reading {context:,} at a time")
-    print(f"\nit writes:\n{sample(model, corpus, args.seed)}")
+        print(f"   {loss(model, corpus.validation, context):.3f}   reading {context:,} at a time")
+    prompt = corpus.tokenizer.encode(PROMPT)  # the text gets longer than those it was trained on
+    print(f"\nit writes:\n{cli.sample(model, corpus.tokenizer, prompt, 2 * CONTEXT, args.seed)}")
 
-    gpt2 = GPT2(GPT2Config(V, LENGTHS[-1], WIDTH, GPT2_LAYERS, GPT2_HEADS), args.seed).to(args.device).eval()
+    gpt2 = GPT2(GPT2Config(V, LENGTHS[-1], WIDTH, GPT2_LAYERS, GPT2_HEADS), args.seed).to(args.device)
     tokens = np.resize(corpus.train.astype(np.int64), (1, LENGTHS[-1]))
-    costs = {name: measured(name, kind, tokens) for name, kind in (("RWKV", model), ("GPT-2", gpt2))}
+    costs: Costs = {}
+    for name, kind in (("RWKV", model), ("GPT-2", gpt2)):
+        bar = tqdm(LENGTHS, desc=f"{name} reads", unit="text", leave=False)
+        costs[name] = [cost(kind, tokens[:, :n], TIMED) for n in bar]
     print("\n               memory, KiB             a token, ms")
     print("tokens read      RWKV     GPT-2        RWKV     GPT-2")
     for n, (state, fast), (cache, slow) in zip(LENGTHS, costs["RWKV"], costs["GPT-2"]):
@@ -84,50 +78,19 @@ def arguments() -> argparse.Namespace:
 
 
 def learn(model: RWKV, corpus: Corpus, args: argparse.Namespace) -> Progress:
-    shards = min(os.cpu_count() or 1, 8)
-    recipe = Recipe(args.steps, BATCH, CONTEXT, lr=4e-3, warmup=50, seed=args.seed, shards=shards)
+    recipe = Recipe(args.steps, BATCH, CONTEXT, lr=4e-3, warmup=50, seed=args.seed, shards=2)
     sampler = Sampler(corpus.train, BATCH, CONTEXT, args.seed)
     validation = corpus.validation[: 100 * BATCH * CONTEXT + 1]
     evaluation = lambda: evaluation_batches(validation, BATCH, CONTEXT)
     every = math.ceil(args.steps / 8)
     progress = fit(model, lambda step: sampler.next(), recipe, "rwkv", evaluation, every)
-    print("\n  step   training   validation loss")
-    for step, nats in progress.validation:
-        recent = progress.losses[max(step - 50, 0) : step]
-        print(f"{step:6,}{f'{np.mean(recent):.3f}' if recent else '':>11s}{nats:11.3f}")
+    print(f"\n{cli.losses(progress)}")
     return progress
 
 
 def half_lives(model: RWKV) -> list[np.ndarray]:
     """For each layer, after how many tokens each channel has forgotten half: e^(-n w) = 1/2."""
     return [np.log(2) / np.exp(block.time_mix.time_decay.numpy()) for block in model.blocks]
-
-
-def sample(model: RWKV, corpus: Corpus, seed: int) -> str:
-    """A text longer than those it was trained on."""
-    new = 2 * CONTEXT
-    ids = model.generate([corpus.tokenizer.encode(PROMPT)], new, temperature=0.8, top_k=50, seed=seed)
-    return textwrap.indent(corpus.tokenizer.decode(ids[0]), "   | ", lambda line: True)
-
-
-def measured(name: str, model: CausalModel, tokens: np.ndarray) -> list[tuple[int, float]]:
-    """(bytes remembered, seconds a token) after the first of tokens (1, T), for each of LENGTHS."""
-    with DataParallel(model, 2):  # one thread in the BLAS: for the products of one token a second is no help
-        bar = tqdm(LENGTHS, desc=f"{name} reads", unit="text", leave=False)
-        return [cost(model, tokens[:, :n]) for n in bar]
-
-
-def cost(model: CausalModel, ids: np.ndarray) -> tuple[int, float]:
-    """The same for ids (1, T), of which the last TIMED are read one by one."""
-    start, seconds = ids.shape[1] - TIMED, []
-    with no_grad():
-        cache = model.new_cache(ids.shape[1])
-        model.hidden_states(ids[:, :start], cache)
-        for i in range(start, ids.shape[1]):
-            began = time.perf_counter()
-            model(ids[:, i : i + 1], cache).numpy()
-            seconds.append(time.perf_counter() - began)
-    return cache.nbytes, float(np.median(seconds))
 
 
 def draw(

@@ -450,7 +450,7 @@ def test_results_equal_numpys(cp):
         (cp.pad(x, ((1, 0), (0, 2))), np.pad(host, ((1, 0), (0, 2)))),
         (cp.stack([x, x], axis=1), np.stack([host, host], axis=1)),
         (cp.split(x, 2, axis=1)[1], host[:, 2:]),
-        (-abs(x) ** 2, -(abs(host) ** 2)),
+        (-(abs(x) ** 2), -(abs(host) ** 2)),
         (cp.cumsum(x, axis=-1), np.cumsum(host, -1)),
     ]
     for found, expected in pairs:

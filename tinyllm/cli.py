@@ -6,12 +6,18 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from autograd.backend import DeviceError
+import numpy as np
+
+from autograd.backend import DeviceError, device_module
 from tinyllm.errors import InputError
-from tinyllm.training import Diverged, Interrupted
+from tinyllm.files import disk_errors
+from tinyllm.model import CausalModel
+from tinyllm.tokenizers import Tokenizer
+from tinyllm.training import Diverged, Interrupted, Progress
 
 
 def run(main: Callable[[], None]) -> None:
@@ -63,6 +69,17 @@ def options(parser: argparse.ArgumentParser, *, out: str, steps: int, data: bool
     add("--out", type=path, default=Path(out), help=f"folder for what it makes (default: {out})")
 
 
+def start(args: argparse.Namespace) -> None:
+    """Before any work: is there the --device, and can there be the folder --out?
+
+    Raises:
+        DeviceError, InputError: there is not, or cannot.
+    """
+    device_module(args.device)
+    with disk_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+
+
 def path(text: str) -> Path:
     """A path given on the command line, ~ understood."""
     return Path(text).expanduser()
@@ -79,3 +96,24 @@ def number(kind: type = int, least: float = 1) -> Callable[[str], float]:
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
+
+
+def quoted(text: str) -> str:
+    """The text with a mark before each line, to tell what a model writes from what a script says."""
+    return textwrap.indent(text, "   | ", lambda line: True)
+
+
+def sample(model: CausalModel, tokenizer: Tokenizer, prompt: Sequence[int], length: int, seed: int) -> str:
+    """The prompt and up to `length` tokens that the model writes after it, as many as it can read; quoted."""
+    new = min(length, model.context - len(prompt))
+    (ids,) = model.generate([prompt], new, temperature=0.8, top_k=50, seed=seed)
+    return quoted(tokenizer.decode(ids))
+
+
+def losses(progress: Progress) -> str:
+    """A table of both losses at each evaluation, that of training the mean of the 50 steps before it."""
+    lines = ["  step   training   validation loss"]
+    for step, nats in progress.validation:
+        recent = progress.losses[max(step - 50, 0) : step]
+        lines.append(f"{step:6,}{f'{np.mean(recent):.3f}' if recent else '':>11s}{nats:11.3f}")
+    return "\n".join(lines)

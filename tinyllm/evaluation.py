@@ -1,19 +1,23 @@
 """Zero-, one- and few-shot evaluation (Brown et al. 2020, section 2.4), for every causal model.
 
 No weight changes. A task is put into text, K examples with their completions and then one without, and the
-model is asked how likely it finds each possible completion, or writes one by itself.
+model is asked how likely it finds each possible completion, or writes one by itself. And, at the end, what a
+text tells of a model without any task: its loss, and the memory and the time that reading it takes.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import autograd.functional as F
 from autograd import no_grad
 from autograd.backend import array_module, to_host
+from tinyllm.datasets import evaluation_batches
 from tinyllm.errors import InputError
 
 Tokens = Sequence[int]
@@ -159,3 +163,34 @@ def complete(model: Any, context: Tokens, max_new_tokens: int, stop: Collection[
     """Free-form: what beam search writes, with width 4 and alpha 0.6, without its token of `stop`."""
     best = model.beam_search(context, max_new_tokens, width=4, alpha=0.6, stop=stop)[0].tokens
     return best[:-1] if best[-1] in stop else best
+
+
+def loss(model: Any, tokens: np.ndarray, context: int) -> float:
+    """Nats a token of a text (N,) in evaluation mode, read `context` tokens at a time.
+
+    Raises:
+        InputError: less than two tokens.
+    """
+    model.eval()
+    with no_grad():
+        batches = list(evaluation_batches(tokens, 1, context))
+        nats = sum(model.loss(*batch, reduction="sum").item() for batch in batches)
+    return nats / sum(int((targets != -100).sum()) for _, targets in batches)
+
+
+def cost(model: Any, ids: np.ndarray, timed: int) -> tuple[int, float]:
+    """(bytes, seconds): what a cache holds after ids (1, T), and what one token costs there.
+
+    That is the median of the last `timed` tokens, fewer than T, which are read one by one in evaluation mode.
+    The BLAS has one thread: for the products of one token a second is no help.
+    """
+    start, seconds = ids.shape[1] - timed, []
+    model.eval()
+    with no_grad(), threadpool_limits(1, user_api="blas"):
+        cache = model.new_cache(ids.shape[1])
+        model.hidden_states(ids[:, :start], cache)
+        for i in range(start, ids.shape[1]):
+            began = time.perf_counter()
+            model(ids[:, i : i + 1], cache).numpy()
+            seconds.append(time.perf_counter() - began)
+    return cache.nbytes, float(np.median(seconds))

@@ -191,19 +191,33 @@ class ArrayFile(Mapping[str, np.ndarray]):
 
         A piece at a time, so that a tensor that is turned or widened needs no memory for what it was.
         """
-        stored, shape, offset = self._entries[name]
+        stored, shape, _ = self._entries[name]
         try:
             out = np.empty(shape, dtype or stored) if out is None else out
-            target = out if shape else out[None]
-            rows = max(1, PIECE // max(1, math.prod(shape[1:]) * stored.itemsize))
+        except ValueError as error:  # a shape that no array can have
+            raise InputError(f"cannot read tensor {name!r} of {self.path}: {error}") from error
+        for piece, values in self._pieces(name, out):
+            piece[...] = values
+        return out
+
+    def holds(self, name: str, array: np.ndarray) -> bool:
+        """Whether the tensor `name` has the values of array, of its shape, in that array's precision."""
+        pieces = self._pieces(name, array)
+        return all(np.array_equal(piece, values.astype(array.dtype)) for piece, values in pieces)
+
+    def _pieces(self, name: str, array: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Some rows of array, and the same rows of the tensor in its stored dtype, until all have come."""
+        stored, shape, offset = self._entries[name]
+        target = array if shape else array[None]
+        rows = max(1, PIECE // max(1, math.prod(shape[1:]) * stored.itemsize))
+        try:
             with open(self.path, "rb") as file:
                 file.seek(offset)
                 for start in range(0, len(target), rows):
                     piece = target[start : start + rows]
-                    piece[...] = np.fromfile(file, stored, piece.size).reshape(piece.shape)
+                    yield piece, np.fromfile(file, stored, piece.size).reshape(piece.shape)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter since it was opened
             raise InputError(f"cannot read tensor {name!r} of {self.path}: {error}") from error
-        return out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -274,8 +274,10 @@ def sample(
 def _check_settings(
     max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> None:
-    if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-        raise InputError("max_new_tokens and temperature must be 0 or more, top_k 1 or more")
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf:
+        raise InputError("max_new_tokens and temperature must be 0 or more")
+    if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):
+        raise InputError(f"top_k is {top_k}, but must be a whole number of 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, but must be above 0 and at most 1")
 

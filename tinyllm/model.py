@@ -126,7 +126,7 @@ class CausalModel(PretrainedModel):
     """
 
     context: int
-    published_head: ClassVar[str] = "lm_head.weight"  # which files of a tied head may hold too
+    published_head: ClassVar[str | None] = "lm_head.weight"  # which files of a tied head may hold too
 
     @property
     def vocabulary_size(self) -> int:
@@ -158,8 +158,10 @@ class CausalModel(PretrainedModel):
         ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
         _, weight = next(self.named_parameters())
         ids = array_module(weight.data).asarray(ids)
-        if ids.ndim != 2:
-            raise InputError(f"token ids have the shape (batch, length), and these {ids.shape}")
+        if ids.ndim != 2 or not ids.size:
+            raise InputError(
+                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
+            )
         return ids
 
     def _read(self, input_ids: Any, cache: Any) -> tuple[Array, int]:
@@ -177,10 +179,10 @@ class CausalModel(PretrainedModel):
 
     def check_published(self, weights: pretrained.Weights) -> None:
         """Raise InputError if a file has a head of its own where the model's is tied to its embedding."""
-        table, name = getattr(self, "token_embedding", None), self.published_head
-        if table is None or self.head_weight is not table.weight or name not in weights.shapes:
+        name = self.published_head
+        if name not in weights.shapes or self.head_weight is not self.token_embedding.weight:
             return
-        if not np.array_equal(weights[name], table.weight.data):
+        if not weights.holds(name, self.token_embedding.weight.data):
             raise InputError(
                 f"the weights in {weights.folder} have an output head of their own ({name}), but the model's "
                 "is tied to its token embedding (tie_word_embeddings)"
@@ -221,6 +223,7 @@ class CausalModel(PretrainedModel):
         width: int = 4,
         alpha: float = 0.6,
         stop: Collection[int] = (),
+        use_cache: bool = True,
     ) -> list[generation.Beam]:
         """The likeliest continuations of one prompt (T,), the best first; see `generation.beam_search`."""
-        return generation.beam_search(self, prompt, max_new_tokens, width, alpha, stop)
+        return generation.beam_search(self, prompt, max_new_tokens, width, alpha, stop, use_cache)

@@ -31,12 +31,15 @@ def save(drawn: Any, path: str | Path) -> None:
 
 def training_curve(axes: Any, losses: Sequence[float], label: str, color: str) -> None:
     """The loss of every step faintly, and its running mean."""
-    losses = np.asarray(losses, float)
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.7)
+    axes.plot(np.arange(1, len(losses) + 1), losses, color=color, alpha=0.25, linewidth=0.7)
+    axes.plot(*running_mean(losses), color=color, label=label)
+
+
+def running_mean(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, means): of the losses of steps 1, 2, ..., the mean over each fiftieth, at its middle."""
     width = max(1, len(losses) // 50)
-    mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :] - (width - 1) / 2, mean, color=color, label=label)
+    means = np.convolve(losses, np.ones(width) / width, mode="valid")
+    return np.arange(len(means)) + (width + 1) / 2, means
 
 
 def finish(axes: Any, **labels: str) -> None:

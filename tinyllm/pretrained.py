@@ -4,6 +4,7 @@ Large models are cut into shards, model-00001-of-00002.safetensors and so on, an
 model.safetensors.index.json says which shard holds which tensor: {"weight_map": {name: shard}}.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -117,6 +118,30 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _LARGEST = sys.float_info.max
 
 
+def check_options(
+    config: Any, whole: str = "", above_zero: str = "", probabilities: str = "", flags: str = ""
+) -> None:
+    """Check these options of a config, a dataclass; each argument is names with blanks between them.
+
+    Null passes where an option's type says `| None`.
+
+    Raises InputError for the first that is something else.
+    """
+    is_real = lambda value: type(value) in (int, float)
+    kinds = [
+        (whole, "a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
+        (above_zero, "a number above 0", lambda value: is_real(value) and 0 < value < math.inf),
+        (probabilities, "a probability below 1", lambda value: is_real(value) and 0 <= value < 1),
+        (flags, "true or false", lambda value: type(value) is bool),
+    ]
+    types = {field.name: str(field.type) for field in fields(config)}
+    for names, words, fits in kinds:
+        for name in names.split():
+            value, optional = getattr(config, name), types[name].endswith("| None")
+            if not (fits(value) or (optional and value is None)):
+                raise InputError(f"{name} is {value!r}, but must be {words}{', or null' * optional}")
+
+
 class Weights(Mapping[str, np.ndarray]):
     """Published name -> array, read from the disk when asked for; floating point arrays come as `dtype`.
 
@@ -144,6 +169,11 @@ class Weights(Mapping[str, np.ndarray]):
         if file.dtypes[stored] not in FLOATS:
             raise InputError(f"{name} in {self.folder} holds {file.dtypes[stored]}, not real numbers")
         return file.read(stored, out=out)
+
+    def holds(self, name: str, array: np.ndarray) -> bool:
+        """Whether the tensor of that name is the array, in the array's precision; reads no copy of it."""
+        file, stored = self._places[name]
+        return file.shapes[stored] == array.shape and file.holds(stored, array)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from threadpoolctl import threadpool_limits
@@ -62,6 +62,18 @@ def caller(module: object, name: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """The example NAME.py, in a file test_NAME.py."""
+    return helpers.load(request.path.stem.removeprefix("test_"))
+
+
+@pytest.fixture
+def script(module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call:
+    """script(*arguments): the example of `module` in this process."""
+    return caller(module, module.__name__.removeprefix("examples_"), monkeypatch, capsys)
 
 
 def make_small(modules: SimpleNamespace, patch: pytest.MonkeyPatch, **config: object) -> None:

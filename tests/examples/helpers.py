@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -92,3 +93,18 @@ def refused(result: Result, *said: object) -> str:
     for words in said:
         assert str(words) in lines[0], (words, lines[0])
     return lines[0]
+
+
+def check_help(script: Callable[..., Result], module: ModuleType, *options: str) -> None:
+    """Assert that --help shows what the example says of itself, its options and those of all examples."""
+    code, out, err = script("--help")
+    assert code == 0 and not err and module.__doc__.strip() in out
+    for option in ("--data", "--steps", "--seed", "--device", "--out", *options):
+        assert f"  {option} " in out
+
+
+def check_bad_paths(script: Callable[..., Result], book: Path, folder: Path) -> None:
+    """Assert that no text to read, and a file in the place of the folder to write to, are refused."""
+    refused(script("--data", folder / "absent.txt", "--out", folder), "absent.txt does not exist")
+    (folder / "file").write_text("in the way", encoding="utf-8")
+    refused(script("--data", book, "--steps", 1, "--out", folder / "file"), folder / "file")

@@ -5,21 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-import pytest
-
-from .conftest import caller
-from .helpers import load, refused, run
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("bigram")
-
-
-@pytest.fixture
-def bigram(module, monkeypatch, capsys):
-    """bigram(*arguments): the script in this process."""
-    return caller(module, "bigram", monkeypatch, capsys)
+from .helpers import check_bad_paths, check_help, refused, run
 
 
 def losses(out):
@@ -51,38 +37,33 @@ def test_the_default_corpus_in_a_process_of_its_own(tmp_path):
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and "/250" in err
 
 
-def test_characters_that_training_does_not_know(bigram, module, tmp_path):
+def test_characters_that_training_does_not_know(script, module, tmp_path):
     """More than can be known, and some that only the validation part has: together they are one."""
     path = tmp_path / "many.txt"
     path.write_text("".join(chr(0x4E00 + i % 300) for i in range(2970)) + "ab" * 165, encoding="utf-8")
     tokenizer, train, validation = module.characters(path)
     assert tokenizer.vocabulary_size == 256 and module.OTHER in tokenizer.characters
     assert module.OTHER in tokenizer.decode(train) and set(tokenizer.decode(validation)) >= {module.OTHER}
-    code, out, err = bigram("--data", path, "--steps", 2, "--out", tmp_path / "out")
+    code, out, err = script("--data", path, "--steps", 2, "--out", tmp_path / "out")
     assert code == 0, err
     assert all(math.isfinite(validation) for _, validation in losses(out).values())
 
 
-def test_the_smallest_text(bigram, tmp_path):
+def test_the_smallest_text(script, tmp_path):
     (tmp_path / "a.txt").write_text("ab" * 10, encoding="utf-8")
-    code, out, err = bigram("--data", tmp_path / "a.txt", "--steps", 3, "--out", tmp_path)
+    code, out, err = script("--data", tmp_path / "a.txt", "--steps", 3, "--out", tmp_path)
     assert code == 0, err
     assert losses(out)["counted, smoothing 0"] == (0.0, 0.0)
     assert (tmp_path / "bigram.png").exists()
 
 
-def test_the_seed_decides(bigram, book, tmp_path):
-    outputs = [bigram("--data", book, "--steps", 3, "--seed", s, "--out", tmp_path).out for s in (1, 1, 2)]
+def test_the_seed_decides(script, book, tmp_path):
+    outputs = [script("--data", book, "--steps", 3, "--seed", s, "--out", tmp_path).out for s in (1, 1, 2)]
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_help_and_bad_input(bigram, module, book, tmp_path):
-    code, out, err = bigram("--help")
-    assert code == 0 and not err and module.__doc__.strip() in out
-    for option in ("--data", "--steps", "--seed", "--device", "--out"):
-        assert f"  {option} " in out
-    refused(bigram("--data", tmp_path / "absent.txt"), "absent.txt does not exist")
+def test_help_and_bad_input(script, module, book, tmp_path):
+    check_help(script, module)
+    check_bad_paths(script, book, tmp_path)
     (tmp_path / "short.txt").write_text("short", encoding="utf-8")
-    refused(bigram("--data", tmp_path / "short.txt"), "short.txt holds too little text", "--data")
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    refused(bigram("--data", book, "--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")
+    refused(script("--data", tmp_path / "short.txt"), "short.txt holds too little text", "--data")

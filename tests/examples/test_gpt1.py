@@ -15,15 +15,9 @@ from tinyllm.datasets import Document, documents
 from tinyllm.models import GPT1, GPT1Config
 from tinyllm.tokenizers import CharacterTokenizer
 
-from .conftest import caller
-from .helpers import load, refused, run
+from .helpers import check_bad_paths, check_help, refused, run
 
 LABELS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("gpt1")
 
 
 def stub(kind):
@@ -41,17 +35,18 @@ def stub(kind):
 
 
 @pytest.fixture
-def gpt1(module, monkeypatch, capsys):
+def gpt1(script, module, monkeypatch):
     """gpt1(*arguments): the script in this process, with a tiny model and the stub's docstrings."""
     monkeypatch.setattr(module, "CONFIG", GPT1Config(n_positions=64, n_embd=8, n_layer=1, n_head=2))
     monkeypatch.setattr(module, "VOCABULARY", 300)
     monkeypatch.setattr(module, "documents", stub)
-    return caller(module, "gpt1", monkeypatch, capsys)
+    return script
 
 
 def accuracies(out):
     """start -> its two accuracies, as printed."""
-    rows = re.findall(r"^  (pre-trained|from scratch|always \w+) +(\d+\.\d)% +(\d+\.\d)%$", out, re.MULTILINE)
+    starts = r"^  (pre-trained|from scratch|naive Bayes|always \w+) +"
+    rows = re.findall(starts + r"(\d+\.\d)% +(\d+\.\d)%$", out, re.MULTILINE)
     return {name: (float(a), float(b)) for name, a, b in rows}
 
 
@@ -65,9 +60,9 @@ def test_pythons_own_docstrings_in_a_process_of_its_own(tmp_path):
     assert 0.2 < int(held_out) / (int(held_out) + int(train.replace(",", ""))) < 0.4
     assert len(names.split(", ")) == 8 and "asyncio" in names
     found = accuracies(out)
-    assert len(found) == 3 and "held-out accuracy after 1 steps" in out
+    assert len(found) == 4 and "held-out accuracy after 1 steps" in out
     (majority,) = [pair for name, pair in found.items() if name.startswith("always")]
-    assert majority[0] == majority[1] < 50
+    assert majority[0] == majority[1] < 50 < found["naive Bayes"][0] == found["naive Bayes"][1]
     assert (tmp_path / "runs" / "gpt1" / "gpt1.png").read_bytes().startswith(b"\x89PNG")
     assert "drawn in" in out and "/1 " in err
 
@@ -99,23 +94,51 @@ def test_it_learns_and_counts_right(gpt1, module, book, tmp_path, monkeypatch):
 
 
 def test_nothing_gives_the_label_away(module):
-    """No name of a package is left in any text, and no text is on both sides."""
+    """No name of a package is left in any text; and as far as the model reads them, no two are the same."""
     for found in (stub("docstrings"), documents("docstrings")):
-        names, train, held_out = module.labelled(found)
+        tokenizer = CharacterTokenizer({*string.printable, *"".join(document.text for document in found)})
+        names, train, held_out = module.labelled(found, tokenizer)
         assert len(names) == 8 and not any(name.startswith("_") for name in names)
-        assert {document.label for document in train} == set(names) >= {d.label for d in held_out}
-        for document in (*train, *held_out):
-            assert not any(name in document.text.lower() for name in names), document
-        sides = [{document.text for document in side} for side in (train, held_out)]
-        assert not sides[0] & sides[1]
-        assert sum(map(len, sides)) == len(train) + len(held_out)
+        assert set(train.labels) == set(range(8)) >= set(held_out.labels)
+        sides = [[tokenizer.decode(tokens) for tokens in side.tokens] for side in (train, held_out)]
+        read = [text for side in sides for text in side]
+        assert len(set(read)) == len(read)
+        assert max(map(len, read)) <= 62 and not any(name in text.lower() for text in read for name in names)
+
+
+def test_every_text_keeps_its_label(module):
+    """The stub's texts begin with a letter of their label's own."""
+    tokenizer = CharacterTokenizer(string.printable)
+    names, *sides = module.labelled(stub("docstrings"), tokenizer)
+    for side in sides:
+        letters = "".join("aeimquxz"[LABELS.index(names[label])] for label in side.labels)
+        assert letters == "".join(tokenizer.decode(tokens[:1]) for tokens in side.tokens)
+
+
+def test_naive_bayes(module):
+    """argmax p(class) p(token | class) ..., multiplied out."""
+    rng = np.random.default_rng(0)
+    sides = []
+    for count in (30, 200):
+        tokens = [rng.integers(0, 5, rng.integers(1, 6)).tolist() for _ in range(count)]
+        sides.append(module.Texts(tokens, rng.integers(0, module.CLASSES - 1, count)))  # one has no text
+    train, held_out = sides
+    guesses = module.naive_bayes(train, held_out, vocabulary=5)
+    for tokens, guess in zip(held_out.tokens, guesses, strict=True):
+        p = []
+        for k in range(module.CLASSES):
+            texts = [text for text, label in zip(train.tokens, train.labels) if label == k]
+            words = [token for text in texts for token in text]
+            p.append((len(texts) + 1) / (30 + module.CLASSES))
+            for token in tokens:
+                p[-1] *= (words.count(token) + 1) / (len(words) + 5)
+        assert p[guess] == pytest.approx(max(p), rel=1e-12)
 
 
 def test_the_comparison_is_fair(module, monkeypatch):
     """All runs see the same batches, and the starts differ in nothing but the pre-training."""
     tokenizer = CharacterTokenizer(string.printable)
-    names, train, held_out = module.labelled(stub("docstrings"))
-    train, held_out = (module.texts(side, names, tokenizer) for side in (train, held_out))
+    names, train, held_out = module.labelled(stub("docstrings"), tokenizer)
     assert all(len(tokens) <= 62 for tokens in train.tokens)
     lengths = [len(tokens) for tokens in held_out.tokens]
     assert lengths == sorted(lengths)
@@ -150,12 +173,7 @@ def test_the_seed_decides(gpt1, book, tmp_path):
 
 
 def test_help_and_bad_input(gpt1, module, book, tmp_path):
-    code, out, err = gpt1("--help")
-    assert code == 0 and not err and module.__doc__.strip() in out
-    for option in ("--data", "--steps", "--tune", "--seed", "--device", "--out"):
-        assert f"  {option} " in out
-    refused(gpt1("--data", tmp_path / "absent.txt"), "absent.txt does not exist")
+    check_help(gpt1, module, "--tune")
+    check_bad_paths(gpt1, book, tmp_path)
     (tmp_path / "short.txt").write_text("Too short for a context.", encoding="utf-8")
     refused(gpt1("--data", tmp_path / "short.txt", "--out", tmp_path), "too short for a context of 64")
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    refused(gpt1("--data", book, "--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")

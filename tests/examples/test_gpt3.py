@@ -8,21 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from .conftest import caller
-from .helpers import load, refused
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("gpt3")
+from .helpers import refused
 
 
 @pytest.fixture
-def gpt3(module, monkeypatch, capsys, tmp_path):
+def gpt3(script, module, monkeypatch, tmp_path):
     """gpt3(*arguments): the script in this process, its model small."""
     monkeypatch.setattr(module, "CONFIG", replace(module.CONFIG, n_embd=16, n_head=2))
     monkeypatch.chdir(tmp_path)  # whose folder runs takes what has no --out
-    return caller(module, "gpt3", monkeypatch, capsys)
+    return script
 
 
 def test_a_text_is_one_code(module):

@@ -6,24 +6,18 @@ import re
 
 import pytest
 
-from .conftest import caller
-from .helpers import load, refused, run
+from .helpers import check_bad_paths, check_help, refused, run
 
 ROW = r"^(GPT-2|LLaMA|LLaMA 2) +([\d,]+) +([\d.]+) +([\d.]+) nats a token = ([\d.]+) bits a byte +([\d,]+)$"
 
 
-@pytest.fixture(scope="module")
-def module():
-    return load("llama")
-
-
 @pytest.fixture
-def llama(module, monkeypatch, capsys):
+def llama(script, module, monkeypatch):
     """llama(*arguments): the script in this process, its models tiny."""
     tiny = {"VOCABULARY": 300, "WIDTH": 24, "LAYERS": 2, "HEADS": 4, "BATCH": 3, "CONTEXT": 16}
     for name, value in tiny.items():
         monkeypatch.setattr(module, name, value)
-    return caller(module, "llama", monkeypatch, capsys)
+    return script
 
 
 def table(out):
@@ -48,7 +42,7 @@ def test_what_it_prints_and_draws(llama, book, tmp_path):
     assert f"drawn in {tmp_path / 'out' / 'llama.png'}" in out.splitlines()[-1]
     assert (tmp_path / "out" / "llama.png").read_bytes().startswith(b"\x89PNG")
     for name in rows:
-        assert f"{name}: " in err and "30/30" in err
+        assert f"{name}: " in err and "/30 " in err
 
 
 def test_the_default_sizes_are_equal(module):
@@ -87,12 +81,7 @@ def test_in_a_process_of_its_own(book, tmp_path):
 
 
 def test_help_and_bad_input(llama, module, book, tmp_path):
-    code, out, err = llama("--help")
-    assert code == 0 and not err and module.__doc__.strip() in out
-    for option in ("--data", "--steps", "--seed", "--device", "--out"):
-        assert f"  {option} " in out
-    refused(llama("--data", tmp_path / "absent.txt"), "absent.txt does not exist")
+    check_help(llama, module)
+    check_bad_paths(llama, book, tmp_path)
     (tmp_path / "short.txt").write_text("a short text, too short", encoding="utf-8")
     refused(llama("--data", tmp_path / "short.txt", "--out", tmp_path), "too short for a context of 16")
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    refused(llama("--data", book, "--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")

@@ -8,17 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from .conftest import caller
-from .helpers import load, refused, run
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("mistral")
+from .helpers import check_bad_paths, check_help, refused, run
 
 
 @pytest.fixture
-def mistral(module, monkeypatch, capsys, tmp_path):
+def mistral(script, module, monkeypatch, tmp_path):
     """mistral(*arguments): the script in this process, its model small."""
     small = replace(
         module.CONFIG, vocab_size=300, hidden_size=16, intermediate_size=24, max_position_embeddings=300,
@@ -30,7 +24,7 @@ def mistral(module, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(module, "POSITIONS", [16, 300])
     monkeypatch.setattr(module, "TIMED", 4)
     monkeypatch.chdir(tmp_path)  # whose folder runs takes what has no --out
-    return caller(module, "mistral", monkeypatch, capsys)
+    return script
 
 
 def table(out):
@@ -88,17 +82,12 @@ def test_a_text_shorter_than_the_context(mistral, tmp_path):
 
 
 def test_help_and_bad_input(module, mistral, book, tmp_path):
-    code, out, err = mistral("--help")
-    assert code == 0 and not err and module.__doc__.strip() in out
-    for option in ("--data", "--steps", "--seed", "--device", "--out"):
-        assert f"  {option} " in out
-    refused(mistral("--data", tmp_path / "absent.txt"), "absent.txt does not exist")
+    check_help(mistral, module)
+    check_bad_paths(mistral, book, tmp_path)
     (tmp_path / "short.txt").write_text("short", encoding="utf-8")
     refused(mistral("--data", tmp_path / "short.txt"), "short.txt holds too little text", "--data")
     (tmp_path / "few.txt").write_text("ab" * 10, encoding="utf-8")  # one pair, one token to validate on
     refused(mistral("--data", tmp_path / "few.txt", "--out", tmp_path), "longer text")
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    refused(mistral("--data", book, "--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")
 
 
 def test_in_a_process_of_its_own(book, tmp_path):

@@ -6,24 +6,18 @@ import re
 
 import pytest
 
-from .conftest import caller
-from .helpers import load, refused
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("rwkv")
+from .helpers import check_bad_paths, check_help, refused
 
 
 @pytest.fixture
-def rwkv(module, monkeypatch, capsys):
+def rwkv(script, module, monkeypatch):
     """rwkv(*arguments): the script in this process, with a model of a few thousand parameters."""
     for name, value in {
         "VOCABULARY": 300, "WIDTH": 12, "LAYERS": 2, "GPT2_LAYERS": 2, "GPT2_HEADS": 2, "BATCH": 4,
         "CONTEXT": 16, "LENGTHS": [20, 40, 80], "TIMED": 4,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    return caller(module, "rwkv", monkeypatch, capsys)
+    return script
 
 
 def test_a_run(rwkv, book, tmp_path):
@@ -58,14 +52,9 @@ def test_the_seed_decides(rwkv, module, book, tmp_path, monkeypatch):
 
 
 def test_help_and_bad_input(rwkv, module, book, tmp_path):
-    code, out, err = rwkv("--help")
-    assert code == 0 and not err and module.__doc__.strip() in out
-    for option in ("--data", "--steps", "--seed", "--device", "--out"):
-        assert f"  {option} " in out
-    refused(rwkv("--data", tmp_path / "absent.txt", "--out", tmp_path), "absent.txt does not exist")
+    check_help(rwkv, module)
+    check_bad_paths(rwkv, book, tmp_path)
     (tmp_path / "short.txt").write_text("short", encoding="utf-8")
     refused(rwkv("--data", tmp_path / "short.txt", "--out", tmp_path), "short.txt holds too little", "--data")
     (tmp_path / "few.txt").write_text("few words " * 3, encoding="utf-8")
     refused(rwkv("--data", tmp_path / "few.txt", "--out", tmp_path), "too short for a context of 16")
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    refused(rwkv("--data", book, "--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")

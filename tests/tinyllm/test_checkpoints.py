@@ -19,11 +19,13 @@ from tinyllm.files import read_arrays, read_json, write_arrays, write_json
 
 def fill(number):
     """A writer of a folder that says in each of its files which save it belongs to."""
+
     def write(folder):
         write_arrays(folder / "model.safetensors", {"w": np.full(500, number)})
         (folder / "tokenizer").mkdir()
         write_json(folder / "tokenizer" / "ranks.json", {"number": number})
         write_json(folder / "config.json", {"number": number})
+
     return write
 
 
@@ -62,15 +64,28 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_cleaned_and_nothing_else(tmp_path):
-    for name in ("step-00000003.partial", "step-00000001.deleted", "step-00000001.old.deleted",
-                 "step-notes", "step-notes.old", "step-12.partial", "plots"):
+    for name in (
+        "step-00000003.partial",
+        "step-00000001.deleted",
+        "step-00000001.old.deleted",
+        "step-notes",
+        "step-notes.old",
+        "step-12.partial",
+        "plots",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "step-00000009").write_text("a file")
     assert latest(tmp_path) is None
     save(tmp_path, 3, fill(3))
-    assert names(tmp_path) == ["plots", "step-00000003", "step-00000009", "step-12.partial", "step-notes",
-                               "step-notes.old"]
+    assert names(tmp_path) == [
+        "plots",
+        "step-00000003",
+        "step-00000009",
+        "step-12.partial",
+        "step-notes",
+        "step-notes.old",
+    ]
     assert latest(tmp_path).name == "step-00000003"
 
 
@@ -123,6 +138,7 @@ def test_resolve(tmp_path):
 
 # Killed
 
+
 def test_killed_while_replacing_a_step(tmp_path):
     """The old folder, set aside, is the checkpoint until the new one is there, and not a moment longer."""
     old = save(tmp_path, 5, fill(1)).rename(tmp_path / "step-00000005.old")
@@ -130,6 +146,7 @@ def test_killed_while_replacing_a_step(tmp_path):
 
     def refuse(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.raises(InputError):
         save(tmp_path, 5, refuse)
     assert number_in(latest(tmp_path)) == 1
@@ -145,8 +162,14 @@ class Killed(BaseException):
     pass
 
 
-DEADLY = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"),
-          (checkpoints, "_crc32")]
+DEADLY = [
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "mkdir"),
+    (os, "unlink"),
+    (shutil, "rmtree"),
+    (checkpoints, "_crc32"),
+]
 
 
 def die_at(monkeypatch, moment):
@@ -164,6 +187,7 @@ def die_at(monkeypatch, moment):
             if len(calls) >= moment:
                 raise Killed
             return function(*arguments, **options)
+
         monkeypatch.setattr(module, name, call)
 
     for module, name in DEADLY:
@@ -237,6 +261,7 @@ def test_kill_in_a_loop(tmp_path):
 
 # The disk refuses, or damages
 
+
 @pytest.mark.parametrize("broken", ["fsync", "replace", "mkdir"])
 def test_a_full_disk_at_any_call(tmp_path, monkeypatch, broken):
     save(tmp_path, 1, fill(1))
@@ -268,11 +293,16 @@ def test_a_full_disk_at_any_call(tmp_path, monkeypatch, broken):
 
 def test_errors_of_the_writer_leave_no_partial_folder(tmp_path):
     save(tmp_path, 1, fill(1))
-    for error, seen in ((OSError(errno.ENOSPC, "No space left on device"), InputError),
-                        (KeyError("a bug"), KeyError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, seen in (
+        (OSError(errno.ENOSPC, "No space left on device"), InputError),
+        (KeyError("a bug"), KeyError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
         def write(folder, error=error):
             (folder / "half").write_text("half")
             raise error
+
         with pytest.raises(seen):
             save(tmp_path, 2, write)
         assert names(tmp_path) == ["step-00000001"]
@@ -327,8 +357,12 @@ def test_a_published_folder_has_no_checksums_and_passes(tmp_path):
 
 
 def test_arrays_and_json_come_back_as_they_were(tmp_path):
-    arrays = {"m": np.arange(6, dtype=np.float32).reshape(2, 3).T, "step": np.array(7),
-              "none": np.zeros((0, 2)), "state": np.array([2**64 - 1], np.uint64)}
+    arrays = {
+        "m": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "step": np.array(7),
+        "none": np.zeros((0, 2)),
+        "state": np.array([2**64 - 1], np.uint64),
+    }
     write_arrays(tmp_path / "new" / "optimizer.safetensors", arrays, {"kind": "adamw"})
     found = read_arrays(tmp_path / "new" / "optimizer.safetensors")
     for name, array in arrays.items():

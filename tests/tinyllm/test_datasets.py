@@ -80,9 +80,16 @@ def test_a_mark_of_utf8_is_no_text(tmp_path, monkeypatch, chunk):
 
 def test_folder_in_order_without_binaries_and_hidden_files(tmp_path):
     for name, data in {
-        "b.txt": b"B\n", "a/z.md": b"AZ", "a/b/c.rst": b"ABC", "a.txt": b"A", "c.gz": gzip.compress(b"C"),
-        "picture.png": b"\x89PNG\0\0", "data.npy.gz": gzip.compress(b"\x93NUMPY\0"), ".git/x": b"\xff",
-        ".hidden": b"no", "empty.txt": b"",
+        "b.txt": b"B\n",
+        "a/z.md": b"AZ",
+        "a/b/c.rst": b"ABC",
+        "a.txt": b"A",
+        "c.gz": gzip.compress(b"C"),
+        "picture.png": b"\x89PNG\0\0",
+        "data.npy.gz": gzip.compress(b"\x93NUMPY\0"),
+        ".git/x": b"\xff",
+        ".hidden": b"no",
+        "empty.txt": b"",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -90,9 +97,12 @@ def test_folder_in_order_without_binaries_and_hidden_files(tmp_path):
 
 
 @example("a", b"\xe2\x82", "", 2)
-@given(st.text("a€世", max_size=20),
-       st.sampled_from([b"\xff", b"\xe2\x82", b"\x80", b"\xc3(", b"\xed\xa0\x80"]),
-       st.sampled_from(["", "z", "世界"]), st.integers(1, 7))
+@given(
+    st.text("a€世", max_size=20),
+    st.sampled_from([b"\xff", b"\xe2\x82", b"\x80", b"\xc3(", b"\xed\xa0\x80"]),
+    st.sampled_from(["", "z", "世界"]),
+    st.integers(1, 7),
+)
 def test_the_byte_that_is_not_utf8_is_named(tmp_path, before, wrong, after, chunk):
     data = before.encode() + wrong + after.encode()
     (tmp_path / "a.txt").write_bytes(data)
@@ -109,8 +119,13 @@ def test_missing_empty_and_broken_files(tmp_path):
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "binary").write_bytes(b"\0")
-    for name, message in [("absent", "does not exist"), ("empty.txt", "no text"), ("empty.gz", "no text"),
-                          ("mark.txt", "no text"), ("folder", "no text")]:
+    for name, message in [
+        ("absent", "does not exist"),
+        ("empty.txt", "no text"),
+        ("empty.gz", "no text"),
+        ("mark.txt", "no text"),
+        ("folder", "no text"),
+    ]:
         with pytest.raises(InputError, match=f"{name} .*{message}.*; give"):
             read_text(tmp_path / name)
     whole = bytearray(gzip.compress(bytes(range(128)) * 50))
@@ -152,9 +167,14 @@ def all_documents():
     return {kind: documents(kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind, count, size", [
-    ("prose", 60, 300_000), ("docstrings", 5_000, 1_200_000), ("sources", 300, 6_000_000),
-])
+@pytest.mark.parametrize(
+    "kind, count, size",
+    [
+        ("prose", 60, 300_000),
+        ("docstrings", 5_000, 1_200_000),
+        ("sources", 300, 6_000_000),
+    ],
+)
 def test_documents_are_many_and_distinct_and_their_split_takes_a_tenth(all_documents, kind, count, size):
     found = all_documents[kind]
     texts = [document.text for document in found]
@@ -169,7 +189,9 @@ def test_documents_are_many_and_distinct_and_their_split_takes_a_tenth(all_docum
 def test_docstrings_are_those_of_the_objects_that_they_are_named_after(all_documents):
     found = {document.name: document for document in all_documents["docstrings"]}
     for owner, name in [
-        (json, "json"), (json.decoder, "json.decoder"), (inspect.getsource, "inspect.getsource"),
+        (json, "json"),
+        (json.decoder, "json.decoder"),
+        (inspect.getsource, "inspect.getsource"),
         (json.JSONDecoder, "json.decoder.JSONDecoder"),
         (json.JSONDecoder.raw_decode, "json.decoder.JSONDecoder.raw_decode"),
     ]:
@@ -233,7 +255,10 @@ else:
         ("package", "package.old", "Fran\xe7ois."),
     ]
     assert [document[:2] for document in documents("sources")] == [
-        ("broken", "broken"), ("module", "module"), ("package", "package"), ("package", "package.old"),
+        ("broken", "broken"),
+        ("module", "module"),
+        ("package", "package"),
+        ("package", "package.old"),
     ]
     assert documents("sources")[3].text == '# coding: latin-1\n"""Fran\xe7ois."""\n'
 
@@ -284,7 +309,8 @@ def test_the_split_of_many_names_takes_the_fraction_and_these_never_change():
     some = [Document("", name, "") for name in ("floating", "yield", "types", "json.decoder", "é")]
     sides = split_documents(some)
     assert [[document.name for document in side] for side in sides] == [
-        ["types", "json.decoder", "é"], ["floating", "yield"],
+        ["types", "json.decoder", "é"],
+        ["floating", "yield"],
     ]
     for fraction in (-0.1, 1, float("nan")):
         with pytest.raises(InputError, match=r"fraction of .* is not in \[0, 1\)"):
@@ -307,13 +333,20 @@ def test_kinds_and_a_python_without_sources(tmp_path, monkeypatch):
 
 def test_a_folder_of_texts_gives_a_document_for_each_file(tmp_path):
     for name, data in {
-        "b/x.txt": b"\xef\xbb\xbfX", "b/c/y.txt.gz": gzip.compress(b"Y"), "a.txt": b"A", "twice.txt": b"A",
-        "b/.hidden": b"no", "b/picture.png": b"\x89PNG\0\0", "empty.txt": b"",
+        "b/x.txt": b"\xef\xbb\xbfX",
+        "b/c/y.txt.gz": gzip.compress(b"Y"),
+        "a.txt": b"A",
+        "twice.txt": b"A",
+        "b/.hidden": b"no",
+        "b/picture.png": b"\x89PNG\0\0",
+        "empty.txt": b"",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     assert folder_documents(str(tmp_path)) == [
-        ("", "a.txt", "A"), ("b", "b/c/y.txt.gz", "Y"), ("b", "b/x.txt", "X"),
+        ("", "a.txt", "A"),
+        ("b", "b/c/y.txt.gz", "Y"),
+        ("b", "b/x.txt", "X"),
     ]
     (tmp_path / "b" / "x.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match="x.txt is not UTF-8"):

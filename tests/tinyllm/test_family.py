@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import autograd.functional as F
 import tinyllm
-from autograd import backend, gradcheck, no_grad, optim
+from autograd import backend, no_grad, optim
 from tinyllm.errors import InputError
 from tinyllm.generation import beam_search
 from tinyllm.model import CausalModel
 from tinyllm.parallel import DataParallel
 
-from .tiny import TINY, fresh, tokens
+from .folders import assert_identical, edit, one_line, stored
+from .tiny import TINY, assert_gradients_are_derivatives, fresh, tokens
 
 # Models that see the last token alone.
 FORGETFUL = {"bigram"}
@@ -33,13 +36,6 @@ def name(request):
 @pytest.fixture
 def model(name):
     return TINY[name](0)
-
-
-@pytest.fixture(params=["fused", "composed"])
-def both(request):
-    F.use_fused(request.param == "fused")
-    yield request.param
-    F.use_fused(True)
 
 
 def length(model):
@@ -152,19 +148,7 @@ def test_gradients_are_derivatives(both, model):
     model.to(dtype=np.float64).train()
     ids, targets = tokens(model, 2, 7), tokens(model, 2, 7, seed=1)
     targets[0, 3] = -100
-    parameters = model.parameters()
-
-    def loss(*values):
-        before = [parameter.data for parameter in parameters]
-        for parameter, value in zip(parameters, values):
-            parameter.data = value.data
-        try:
-            return model.loss(ids, targets)
-        finally:
-            for parameter, data in zip(parameters, before):
-                parameter.data = data
-
-    assert gradcheck(loss, parameters, projections=1)
+    assert_gradients_are_derivatives(model, ids, targets)
 
 
 def test_float64_is_the_same_function_without_a_float32_in_it(both, model):
@@ -238,8 +222,9 @@ def test_bad_ids(model):
             model.loss(np.array([[0, 0]]), np.array([[0, bad]]))
     with pytest.raises(TypeError, match="integer"):
         model(np.array([[0.0, 1.0]]))
-    with pytest.raises(InputError, match=r"\(batch, length\)"):
-        model(np.array([0, 1]))
+    for bad in (np.array([0, 1]), np.zeros((0, 3), int), np.zeros((2, 0), int)):
+        with pytest.raises(InputError, match=r"\(batch, length\)"):
+            model(bad)
     if model.context < 10_000:
         with pytest.raises(InputError, match=f"{model.context + 1} tokens .* context of {model.context}"):
             model(np.zeros((1, model.context + 1), int))
@@ -417,16 +402,6 @@ def test_beams_with_a_cache_are_those_without(model):
 # Folders
 
 
-def assert_identical(found, expected):
-    assert type(found) is type(expected) and found.config == expected.config
-    found, expected = dict(found.named_parameters()), dict(expected.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, parameter in expected.items():
-        assert found[name].dtype == parameter.dtype and found[name].shape == parameter.shape
-        assert np.array_equal(found[name].numpy(), parameter.numpy()), name
-        assert found[name].data.flags.c_contiguous and found[name].data.flags.writeable, name
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_saving_and_loading_is_the_identity(tmp_path, model, dtype):
     model.to(dtype=dtype).save_pretrained(tmp_path)
@@ -439,6 +414,32 @@ def test_saving_and_loading_is_the_identity(tmp_path, model, dtype):
     if dtype == np.float32:
         ids = tokens(model, 2, length(model))
         assert np.array_equal(loaded(ids).numpy(), model(ids).numpy())
+
+
+@pytest.mark.parametrize("stored_as", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_files(tmp_path, model, stored_as):
+    """A half is exact in the wider types. The type in the config, here under its older name, says nothing."""
+    model.save_pretrained(tmp_path)
+    halves = {name: array.astype(stored_as) for name, array in stored(tmp_path).items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    edit(tmp_path, dtype=..., torch_dtype="bfloat16")
+    for dtype in (np.float32, np.float64):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.astype(stored_as).astype(dtype)
+        assert_identical(type(model).from_pretrained(tmp_path, dtype), model)
+
+
+@pytest.mark.parametrize("name", ["gpt1", "gpt2", "gpt3"])
+def test_a_head_that_is_not_the_embedding(tmp_path, model):
+    """In the last bit of one number."""
+    model.save_pretrained(tmp_path)
+    arrays = stored(tmp_path)
+    head = arrays["lm_head.weight"] = arrays[model.published_name("token_embedding.weight")].copy()
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert_identical(tinyllm.from_pretrained(tmp_path), model)
+    head[3, 5] = np.nextafter(head[3, 5], np.float32(9))
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert "lm_head.weight" in one_line(pytest.raises(InputError, tinyllm.from_pretrained, tmp_path))
 
 
 # On a device

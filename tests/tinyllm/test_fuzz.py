@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 import tinyllm
 from tinyllm.errors import InputError
 from tinyllm.models import LLaMA
 from tinyllm.pretrained import HARMLESS, write_weights
 
+from .folders import one_line
 from .tiny import LLAMA_CONFIG, TINY, scramble, tokens
 
 SCALING = {
@@ -26,6 +27,7 @@ OPTIONS = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True
 LLAMA_WITH_OPTIONS = replace(LLAMA_CONFIG, rope_scaling=SCALING, **OPTIONS)
 MODELS = TINY | {"llama with options": lambda seed: scramble(LLaMA(LLAMA_WITH_OPTIONS))}
 # Flips of one bit (a digit, a letter, a quote becomes another) and of all.
+BITS = [1 << bit for bit in range(8)]
 MASKS = lambda place: (1 << place % 8, 1 << (place + 3) % 8, 0xFF)
 
 
@@ -101,15 +103,15 @@ def flipped(content, place, mask):
 
 
 def some(n, count):
-    """`count` of n places, others in each run of this file's tests, the first and the last among them."""
+    """`count` of n places, the first and the last among them, the same in each run."""
     return sorted({0, n - 1, *np.random.default_rng(n).integers(0, n, count).tolist()})
 
 
-def fuzz_config(folder, places):
+def fuzz_config(folder, places, masks=MASKS):
     good = folder.good["config.json"]
     for place in places:
         folder.check_config(good[:place])
-        for mask in MASKS(place):
+        for mask in masks(place):
             folder.check_config(flipped(good, place, mask))
 
 
@@ -137,7 +139,7 @@ def test_some_bytes_of_the_header(folder):
 
 @pytest.mark.slow
 def test_every_byte_of_the_config_and_the_header(folder):
-    fuzz_config(folder, range(len(folder.good["config.json"])))
+    fuzz_config(folder, range(len(folder.good["config.json"])), lambda place: [*BITS, 0xFF])
     fuzz_header(folder, range(header_size(folder)), lambda place: MASKS(place)[place % 3 :][:1])
 
 
@@ -149,6 +151,25 @@ def test_whole_numbers_in_the_place_of_real_ones(folder, other):
         (folder.path / "model.safetensors").write_bytes(good[:place] + other + good[place + 3 :])
         with pytest.raises(InputError, match="not real numbers"):
             tinyllm.from_pretrained(folder.path)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "left over", "misshapen"])
+def test_tensors_that_do_not_fit(folder, wrong):
+    """Each of them is named."""
+    good = load_file(folder.path / "model.safetensors")
+    for name, array in good.items():
+        others = {other: good[other] for other in good if other != name}
+        if wrong == "left over":
+            others[name] = array
+            bias = name.replace("weight", "bias")
+            name = name + "_2" if bias in good else bias
+            others[name] = np.zeros(3, np.float32)
+        elif wrong == "misshapen":
+            others[name] = array[:-1]
+        folder.put("model.safetensors", save(others))
+        with pytest.raises(InputError) as error:
+            tinyllm.from_pretrained(folder.path)
+        assert f"1 {wrong} ({name}" in one_line(error) and str(folder.path) in str(error.value)
 
 
 VALUES = [

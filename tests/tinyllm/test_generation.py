@@ -14,7 +14,8 @@ from autograd import Tensor, no_grad
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache, generate, sample, search, stream
 
-from .test_gpt2 import TINY, one_line, scrambled, tokens
+from .folders import one_line
+from .test_gpt2 import TINY, scrambled, tokens
 
 LOGITS = np.array([0.3, -1.2, 2.0, 1.9, -0.4, 0.3, -np.inf, 1.1])
 
@@ -198,6 +199,7 @@ def test_what_is_given_and_what_comes_back(model, use_cache):
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),
         ([[1]], {"top_k": 0}, "top_k"),
+        ([[1]], {"top_k": 2.5}, "top_k is 2.5"),
         ([[1]], {"top_p": 0}, "top_p is 0"),
         ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
         ([[1]], {"top_p": float("nan")}, "top_p is nan"),

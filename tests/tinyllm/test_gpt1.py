@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-import autograd.functional as F
 import tinyllm
-from autograd import gradcheck, nn, no_grad
+from autograd import nn, no_grad
 from tinyllm.errors import InputError
 from tinyllm.models import GPT1, GPT1Config
 from tinyllm.models.gpt1 import SIZES, Classifier, MultipleChoice, SpecialTokens
 from tinyllm.parallel import DataParallel
 from tinyllm.training import Recipe, fit
 
-from .tiny import scramble
+from .folders import assert_identical, edit, one_line, stored
+from .tiny import assert_dropout_in_training_only, assert_gradients_are_derivatives, scramble
 
 # Longer than one block of 64 queries of the fused attention; three heads, so that H is not d.
 TINY = GPT1Config(31, 80, 24, 2, 3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -34,19 +33,6 @@ def texts(count, longest=20, seed=0, vocabulary=TINY.vocab_size):
     rng = np.random.default_rng(seed)
     lengths = [1, longest, *rng.integers(2, longest, count)][:count]
     return [rng.integers(0, vocabulary, n).tolist() for n in lengths]
-
-
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.fixture(params=["fused", "composed"])
-def both(request):
-    F.use_fused(request.param == "fused")
-    yield request.param
-    F.use_fused(True)
 
 
 # The function that it computes
@@ -107,12 +93,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(kind, silent):
     for name, parameter in [*model.named_parameters(), *without.named_parameters()]:
         if silent and f"{silent}.projection" in name:
             parameter.data = np.zeros_like(parameter.data)
-    plain = without(ids).numpy()
-    assert np.array_equal(model(ids).numpy(), plain)
-    model.train()
-    first, second = model(ids).numpy(), model(ids).numpy()
-    assert np.abs(first - plain).max() > 1e-2 and np.abs(first - second).max() > 1e-2
-    assert np.array_equal(model.eval()(ids).numpy(), plain)
+    assert_dropout_in_training_only(model, without, ids)
 
 
 def test_parameter_count():
@@ -155,25 +136,6 @@ def saved(tmp_path):
     return tmp_path, model
 
 
-def edit(folder, **options):
-    """Change options of config.json; `...` takes one out."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | options
-    config = {name: value for name, value in config.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def stored(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_identical(found, expected):
-    assert found.config == expected.config
-    found, expected = dict(found.named_parameters()), dict(expected.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, parameter in expected.items():
-        assert np.array_equal(found[name].numpy(), parameter.numpy()), name
-
-
 def test_the_published_config():
     assert GPT1Config.from_published(PUBLISHED) == SIZES["openai-gpt"]
     assert GPT1Config.from_published({"model_type": "openai-gpt"}) == SIZES["openai-gpt"]
@@ -214,15 +176,6 @@ def test_old_files(saved, prefix, head):
     save_file(arrays, folder / "model.safetensors")
     edit(folder, n_ctx=80, dtype=..., n_special=0, predict_special_tokens=True, tie_word_embeddings=True)
     assert_identical(GPT1.from_pretrained(folder), model)
-
-
-def test_a_head_that_is_not_the_embedding(saved):
-    folder, _ = saved
-    arrays = stored(folder)
-    arrays["lm_head.weight"] = arrays["transformer.tokens_embed.weight"].copy()
-    arrays["lm_head.weight"][3, 5] = np.nextafter(arrays["lm_head.weight"][3, 5], np.float32(9))
-    save_file(arrays, folder / "model.safetensors")
-    assert "lm_head.weight" in one_line(pytest.raises(InputError, GPT1.from_pretrained, folder))
 
 
 @pytest.mark.parametrize(
@@ -376,20 +329,7 @@ def test_the_gradients_are_derivatives_of_the_loss(both, task):
         multiple_choice: lambda t, u: model.special.multiple_choice(t, [u, t[:1]]),
     }[task]
     ids, targets = model.special.batch([make(*pair) for pair in short]), np.array([1, 0, -100])
-    parameters = model.parameters()
-
-    def loss(*values):
-        F.manual_seed(3)
-        before = [parameter.data for parameter in parameters]
-        for parameter, value in zip(parameters, values):
-            parameter.data = value.data
-        try:
-            return model.loss(ids, targets)
-        finally:
-            for parameter, data in zip(parameters, before):
-                parameter.data = data
-
-    assert gradcheck(loss, parameters, projections=2)
+    assert_gradients_are_derivatives(model, ids, targets, projections=2)
 
 
 def gradients(model, ids, targets):

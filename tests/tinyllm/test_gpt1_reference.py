@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import below, which reads it
-torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[reference]'")
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[reference]'")
+import tinyllm
+from tinyllm.models import GPT1, GPT1Config
+from tinyllm.models.gpt1 import SIZES, Classifier, MultipleChoice
 
-import tinyllm  # noqa: E402
-from autograd import no_grad  # noqa: E402
-from tinyllm.models import GPT1, GPT1Config  # noqa: E402
-from tinyllm.models.gpt1 import SIZES, Classifier, MultipleChoice  # noqa: E402
+from .reference import (
+    VOCABULARY,
+    assert_same_gradients,
+    assert_same_hidden_states,
+    assert_same_logits,
+    assert_shards_are_read,
+    blocks_transposed,
+    converted,
+    gradients_of,
+    gradients_of_same_loss,
+    greedy,
+    logits_of,
+    published_names,
+    random_ids,
+    read_back,
+    scrambled,
+    torch,
+    transformers,
+)
 
 CONFIGS = {
     "plain": {},
@@ -26,20 +39,15 @@ CONFIGS = {
 def configuration(**options):
     return transformers.OpenAIGPTConfig(
         **{
-            "vocab_size": 61, "n_positions": 70, "n_embd": 24, "n_layer": 3, "n_head": 4,
+            "vocab_size": VOCABULARY, "n_positions": 70, "n_embd": 24, "n_layer": 3, "n_head": 4,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0, **options,
         }
     )  # fmt: skip
 
 
 def reference(kind=transformers.OpenAIGPTLMHeadModel, **options):
-    """transformers' model with random weights that make mistakes visible: no bias near 0, no norm near 1."""
-    torch.manual_seed(0)
-    model = kind(configuration(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    """transformers' model with random weights."""
+    return scrambled(kind, configuration(**options))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -50,98 +58,45 @@ def pair(request, tmp_path_factory):
     return theirs, tinyllm.from_pretrained(folder), folder
 
 
-def random_ids(*shape):
-    return np.random.default_rng(shape).integers(0, 61, shape)
-
-
-def logits_of(theirs, ids):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)).logits.float().numpy()
-
-
-def our_logits(ours, ids):
-    with no_grad():
-        return ours(ids).numpy()
-
-
 @pytest.mark.parametrize("length", [1, 2, 65, 70])
 def test_logits(pair, length):
     theirs, ours, _ = pair
     assert type(ours) is GPT1
-    ids = random_ids(3, length)
-    expected, found = logits_of(theirs, ids), our_logits(ours, ids)
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+    found = assert_same_logits(theirs, ours, random_ids(3, length))
+    assert found.dtype == np.float32 and np.abs(found).max() > 1
 
 
 def test_logits_and_hidden_states_in_float64(pair):
     """Where rounding hides nothing: another formula, or another epsilon, would show."""
     theirs, _, folder = pair
-    ours, ids = GPT1.from_pretrained(folder, np.float64), random_ids(2, 70)
-    with torch.no_grad():
-        found = theirs.double()(torch.from_numpy(ids), output_hidden_states=True)
-    theirs.float()
-    with no_grad():
-        hidden = ours.hidden_states(ids).numpy()
-    np.testing.assert_allclose(hidden, found.hidden_states[-1].numpy(), rtol=0, atol=1e-11)
-    np.testing.assert_allclose(our_logits(ours, ids), found.logits.numpy(), rtol=0, atol=1e-11)
+    theirs, ours = converted(theirs, np.float64), GPT1.from_pretrained(folder, np.float64)
+    assert_same_hidden_states(theirs, ours, random_ids(2, 70), 1e-11)
+    assert_same_logits(theirs, ours, random_ids(2, 70), 1e-11)
 
 
-def assert_same_gradients(ours, theirs, names, tolerance):
-    """names: our parameter -> theirs. Errors are measured against the largest gradient of the tensor."""
-    gradients = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
-    assert len(gradients) == len(ours.parameters()) == len(set(names.values()))
-    for name, parameter in ours.named_parameters():
-        g, found = gradients[names[name]], parameter.grad.numpy()
-        # In the published layout the matrices of the blocks are stored (in, out).
-        found = found.T if found.ndim == 2 and ".blocks." in f".{name}" else found
-        np.testing.assert_allclose(found, g, rtol=0, atol=tolerance * np.abs(g).max(), err_msg=name)
-
-
-# float32: a gradient here is a sum over 138 positions of terms of either sign, each rounded to 6e-8 of
-# itself; so its error is measured against the largest of its tensor. A key's bias has the gradient 0.
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-12)])
 def test_loss_and_gradients(pair, dtype, tolerance):
     theirs, _, folder = pair
-    ours, ids = GPT1.from_pretrained(folder, dtype), random_ids(2, 70)
-    theirs.zero_grad()
-    theirs.to(torch.float64 if dtype == np.float64 else torch.float32)
-    labels = torch.from_numpy(ids).clone()
-    labels[1, 5:9] = -100
-    logits = theirs(torch.from_numpy(ids)).logits  # theirs(ids, labels=labels) rounds them to float32
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    expected.backward()
-    loss = ours.loss(ids[:, :-1], labels.numpy()[:, 1:])
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    names = {name: ours.published_name(name) for name, _ in ours.named_parameters()}
-    assert_same_gradients(ours, theirs, names, tolerance)
-    theirs.float()
+    theirs, ours = converted(theirs, dtype), GPT1.from_pretrained(folder, dtype)
+    gradients = gradients_of_same_loss(theirs, ours, random_ids(2, 70), tolerance)
+    assert_same_gradients(ours, blocks_transposed(gradients), tolerance)
 
 
 def test_transformers_reads_what_we_write(pair, tmp_path):
     theirs, ours, _ = pair
-    ours.save_pretrained(tmp_path)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(again) is transformers.OpenAIGPTLMHeadModel and again.dtype == torch.float32
-    assert {kind: list(names) for kind, names in report.items() if names} == {}
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    again = read_back(theirs, ours, tmp_path)
     for option in ("n_head", "layer_norm_epsilon", "resid_pdrop", "n_positions", "afn"):
         assert getattr(again.config, option) == getattr(theirs.config, option)
     ids = random_ids(2, 70)
-    # The same weights; but where an array happens to lie in memory, its sums may round otherwise.
-    np.testing.assert_allclose(logits_of(again.eval(), ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits_of(again, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
 def test_a_model_of_ours_is_one_of_theirs(tmp_path):
     """Not read from their files before: our configuration and initialization, written and read by them."""
-    ours = GPT1(GPT1Config(61, 70, 24, 2, 3), seed=0).eval()
+    ours = GPT1(GPT1Config(VOCABULARY, 70, 24, 2, 3), seed=0).eval()
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = random_ids(2, 70)
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(theirs, ids), rtol=0, atol=5e-5)
+    assert_same_logits(theirs, ours, random_ids(2, 70))
     assert GPT1.from_pretrained(tmp_path).config == ours.config
 
 
@@ -150,44 +105,25 @@ def test_half_precision_files(dtype, tmp_path):
     """A half is exact in float32, so the same weights give the same logits."""
     halves = reference().to(getattr(torch, dtype))
     halves.save_pretrained(tmp_path)
-    ours, ids = tinyllm.from_pretrained(tmp_path), random_ids(2, 70)
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(halves.float(), ids), rtol=0, atol=5e-5)
+    assert_same_logits(halves.float(), tinyllm.from_pretrained(tmp_path), random_ids(2, 70))
 
 
 def test_shards(tmp_path):
-    theirs = reference()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    ids = random_ids(2, 70)
-    np.testing.assert_allclose(
-        our_logits(tinyllm.from_pretrained(tmp_path), ids), logits_of(theirs, ids), rtol=0, atol=5e-5
-    )
+    assert_shards_are_read(reference(), tmp_path, random_ids(2, 70))
 
 
 def test_the_bare_model_without_a_head(tmp_path):
     """Written by OpenAIGPTModel: no tensor has the prefix, as in the published files."""
     theirs = reference()
     theirs.transformer.save_pretrained(tmp_path)
-    ids = random_ids(2, 70)
-    np.testing.assert_allclose(
-        our_logits(tinyllm.from_pretrained(tmp_path), ids), logits_of(theirs, ids), rtol=0, atol=5e-5
-    )
+    assert_same_logits(theirs, tinyllm.from_pretrained(tmp_path), random_ids(2, 70))
 
 
 def test_greedy_text(pair):
     theirs, ours, _ = pair
     ids = random_ids(2, 6)
-    with torch.no_grad():
-        expected = theirs.generate(
-            torch.from_numpy(ids),
-            attention_mask=torch.ones(2, 6, dtype=torch.int64),
-            max_new_tokens=64,
-            do_sample=False,
-            pad_token_id=0,
-        )
     found = ours.generate(ids, 64, temperature=0)
-    assert np.array_equal(found, expected.numpy()) and found.shape == (2, 70)
+    assert np.array_equal(found, greedy(theirs, ids, 64)) and found.shape == (2, 70)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +148,12 @@ def test_the_published_size():
 
 SPECIAL = 3  # ids 61, 62, 63
 PADDING = 60  # stands in no text below, so that their classifier finds the ends
-CONFIG = GPT1Config(61, 70, 24, 3, 4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+CONFIG = GPT1Config(VOCABULARY, 70, 24, 3, 4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 def load(ours, theirs, head):
     """Give our fine-tuned model their weights; returns our parameters' names -> theirs."""
-    names = {f"model.{name}": ours.model.published_name(name) for name, _ in ours.model.named_parameters()}
+    names = {f"model.{name}": published for name, published in published_names(ours.model).items()}
     names["head.weight"] = head
     weights = theirs.state_dict()
     for name, parameter in ours.named_parameters():
@@ -257,7 +193,7 @@ def test_the_classifier(kind):
     ours = Classifier(GPT1(CONFIG), classes=5, auxiliary=0.5, dropout=0.0)
     theirs = reference(
         transformers.OpenAIGPTForSequenceClassification,
-        vocab_size=61 + SPECIAL, num_labels=5, pad_token_id=PADDING, layer_norm_epsilon=1e-5,
+        vocab_size=VOCABULARY + SPECIAL, num_labels=5, pad_token_id=PADDING, layer_norm_epsilon=1e-5,
     )  # fmt: skip
     names = load(ours, theirs, "score.weight")
     ids, targets = batch(ours, kind)
@@ -270,13 +206,13 @@ def test_the_classifier(kind):
     loss.backward()
     np.testing.assert_allclose(ours(ids).numpy(), expected.logits.detach().numpy(), rtol=0, atol=1e-11)
     assert loss.item() == pytest.approx(total.item(), rel=1e-12)
-    assert_same_gradients(ours, theirs, names, 1e-11)
+    assert_same_gradients(ours, blocks_transposed(gradients_of(theirs, names)), 1e-11)
 
 
 def test_multiple_choice():
     """OpenAIGPTDoubleHeadsModel. Its scores have a bias, the same for all answers, which changes nothing."""
     ours = MultipleChoice(GPT1(CONFIG), auxiliary=0.5, dropout=0.0)
-    theirs = reference(transformers.OpenAIGPTDoubleHeadsModel, vocab_size=61 + SPECIAL)
+    theirs = reference(transformers.OpenAIGPTDoubleHeadsModel, vocab_size=VOCABULARY + SPECIAL)
     head = "multiple_choice_head.summary"
     names = load(ours, theirs, f"{head}.weight")
     bias = dict(theirs.named_parameters())[f"{head}.bias"].requires_grad_(False)
@@ -293,4 +229,4 @@ def test_multiple_choice():
     np.testing.assert_allclose(ours(ids).numpy(), scores, rtol=0, atol=1e-11)
     assert loss.item() == pytest.approx(total.item(), rel=1e-12)
     del theirs.multiple_choice_head.summary.bias
-    assert_same_gradients(ours, theirs, names, 1e-11)
+    assert_same_gradients(ours, blocks_transposed(gradients_of(theirs, names)), 1e-11)

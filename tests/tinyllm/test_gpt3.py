@@ -42,13 +42,6 @@ def silence(model, *layers_):
     return model
 
 
-@pytest.fixture(params=["fused", "composed"])
-def both(request):
-    F.use_fused(request.param == "fused")
-    yield request.param
-    F.use_fused(True)
-
-
 # The band
 
 
@@ -274,10 +267,11 @@ def test_options_that_are_refused(tmp_path, options, said):
 
 
 def test_the_options_left_out_are_those_of_the_smallest_model():
-    config = GPT3Config.from_published({"model_type": "gpt3"})
-    assert config == SIZES["gpt3-small"] == GPT3Config()
-    assert (config.n_positions, config.window_size, config.vocab_size) == (2048, 256, 50257)
-    assert GPT3Config.from_published({"model_type": "gpt3", "window_size": 7}).window_size == 7
+    config = GPT3Config.from_published({"model_type": "gpt3", "window_size": 7})
+    assert config == replace(SIZES["gpt3-small"], window_size=7) == GPT3Config(window_size=7)
+    assert (config.n_positions, GPT3Config().window_size, config.vocab_size) == (2048, 256, 50257)
+    with pytest.raises(InputError, match="window_size"):  # a GPT-2 whose type has one letter wrong
+        GPT3Config.from_published({"model_type": "gpt3"})
 
 
 # The paper's numbers

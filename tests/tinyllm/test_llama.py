@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import autograd.functional as F
 import tinyllm
@@ -18,7 +16,8 @@ from tinyllm.errors import InputError
 from tinyllm.models import LLaMA, LLaMAConfig
 from tinyllm.models.llama import SIZES, rope_frequencies
 
-from .tiny import LLAMA2_CONFIG, LLAMA_CONFIG, scramble, tokens
+from .folders import assert_identical, edit, one_line, stored
+from .tiny import LLAMA2_CONFIG, LLAMA_CONFIG, assert_dropout_in_training_only, scramble, tokens
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -33,12 +32,6 @@ ODD = replace(  # everything that a published file may have otherwise than the f
 
 def scrambled(config, **options):
     return scramble(LLaMA(replace(config, **options)))
-
-
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # Sizes and first weights
@@ -187,13 +180,7 @@ def test_a_window(fused):
 def test_dropout_of_attention_is_on_in_training_only():
     model, without = scrambled(LLAMA2_CONFIG, attention_dropout=0.5), scrambled(LLAMA2_CONFIG)
     ids = tokens(model, 2, 20)
-    plain = without(ids).numpy()
-    assert np.array_equal(model(ids).numpy(), plain)
-    model.train()
-    F.manual_seed(0)
-    first, second = model(ids).numpy(), model(ids).numpy()
-    assert np.abs(first - plain).max() > 1e-2 and np.abs(first - second).max() > 1e-2
-    assert np.array_equal(model.eval()(ids).numpy(), plain)
+    assert_dropout_in_training_only(model, without, ids)
 
 
 # Published folders
@@ -205,25 +192,6 @@ def saved(tmp_path):
     model = scrambled(ODD)
     model.save_pretrained(tmp_path)
     return tmp_path, model
-
-
-def edit(folder, **options):
-    """Change options of config.json; `...` takes one out."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | options
-    config = {name: value for name, value in config.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def stored(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_identical(found, expected):
-    assert found.config == expected.config
-    found, expected = found.state_dict(), expected.state_dict()
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
 
 
 def test_the_published_layout(saved):
@@ -271,41 +239,12 @@ def test_the_head(tmp_path, tied):
     assert "missing (lm_head.weight)" in one_line(pytest.raises(InputError, LLaMA.from_pretrained, tmp_path))
 
 
-def test_bfloat16_files(saved):
-    folder, model = saved
-    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in stored(folder).items()}
-    save_file(halves, folder / "model.safetensors")
-    edit(folder, dtype=..., torch_dtype="bfloat16")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.astype(ml_dtypes.bfloat16).astype(np.float32)
-    assert_identical(LLaMA.from_pretrained(folder), model)
-
-
 @pytest.mark.parametrize("place", ["layers.0.self_attn.", "layers.1.self_attn.", ""])
 def test_stored_frequencies_are_no_parameters(saved, place):
     folder, model = saved
     arrays = stored(folder) | {f"model.{place}rotary_emb.inv_freq": np.ones(5, np.float32)}
     save_file(arrays, folder / "model.safetensors")
     assert_identical(LLaMA.from_pretrained(folder), model)
-
-
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.k_proj.bias", "lm_head.weight", "model.norm.weight"]
-)
-@pytest.mark.parametrize("wrong", ["missing", "left over", "misshapen"])
-def test_tensors_that_do_not_fit(saved, name, wrong):
-    folder, _ = saved
-    arrays = stored(folder)
-    if wrong == "missing":
-        del arrays[name]
-    elif wrong == "left over":
-        name = name.replace("weight", "bias") if "weight" in name else name + "_2"
-        arrays[name] = np.zeros(3, np.float32)
-    else:
-        arrays[name] = arrays[name][:-1]
-    save_file(arrays, folder / "model.safetensors")
-    message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, folder))
-    assert f"1 {wrong}" in message and name in message and str(folder) in message
 
 
 REFUSED = [

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 from copy import deepcopy
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import below, which reads it
-torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[reference]'")
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[reference]'")
+import tinyllm
+from tinyllm.models import LLaMA, LLaMAConfig
+from tinyllm.models.llama import rope_frequencies
 
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from transformers.models.llama import modeling_llama  # noqa: E402
+from .reference import (
+    VOCABULARY,
+    assert_same_gradients,
+    assert_same_hidden_states,
+    assert_same_logits,
+    assert_shards_are_read,
+    converted,
+    gradients_of_same_loss,
+    greedy,
+    in_float64,
+    logits_of,
+    random_ids,
+    read_back,
+    scrambled,
+    torch,
+    transformers,
+)
 
-import tinyllm  # noqa: E402
-from autograd import no_grad  # noqa: E402
-from tinyllm.models import LLaMA, LLaMAConfig  # noqa: E402
-from tinyllm.models.llama import rope_frequencies  # noqa: E402
+modeling_llama = transformers.models.llama.modeling_llama
 
 LENGTH = 70  # positions: more than one block of 64 queries of the fused attention
 LLAMA3 = {
@@ -42,21 +54,16 @@ CONFIGS = {
 
 
 def reference(**options):
-    """transformers' model with random weights that make mistakes visible: no bias near 0, no norm near 1."""
+    """transformers' model with random weights."""
     options = deepcopy(options)  # for transformers changes what it is given
     config = transformers.LlamaConfig(
         **{
-            "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+            "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
             "num_attention_heads": 4, "max_position_embeddings": LENGTH,
             "bos_token_id": None, "eos_token_id": None, **options,
         }
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return scrambled(transformers.LlamaForCausalLM, config)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -67,111 +74,44 @@ def pair(request, tmp_path_factory):
     return theirs, tinyllm.from_pretrained(folder), folder
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """Makes transformers' model compute in float64 throughout; else its norms and angles stay float32."""
-
-    def norm(self, x):
-        return self.weight * (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def make(theirs, ours):
-        def rotation(x, position_ids):
-            start, T = int(position_ids[0, 0]), position_ids.shape[1]
-            tables = (torch.from_numpy(np.tile(table, 2))[None] for table in ours._rotation(start, T))
-            return tuple(tables)  # each (1, T, d)
-
-        monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-        monkeypatch.setattr(theirs.model.rotary_emb, "forward", rotation)
-
-    return make
-
-
-def random_ids(*shape):
-    return np.random.default_rng(shape).integers(0, 61, shape)
-
-
-def logits_of(theirs, ids):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)).logits.numpy()
-
-
-def our_logits(ours, ids):
-    with no_grad():
-        return ours(ids).numpy()
-
-
 @pytest.mark.parametrize("length", [1, 2, 65, LENGTH])
 def test_logits(pair, length):
     theirs, ours, _ = pair
-    ids = random_ids(3, length)
-    expected, found = logits_of(theirs, ids), our_logits(ours, ids)
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+    found = assert_same_logits(theirs, ours, random_ids(3, length))
+    assert found.dtype == np.float32 and np.abs(found).max() > 1
 
 
 def test_hidden_states(pair):
     theirs, ours, _ = pair
-    ids = random_ids(2, LENGTH)
-    with torch.no_grad():
-        expected = theirs.model(torch.from_numpy(ids)).last_hidden_state.numpy()
-    with no_grad():
-        np.testing.assert_allclose(ours.hidden_states(ids).numpy(), expected, rtol=0, atol=5e-5)
+    assert_same_hidden_states(theirs, ours, random_ids(2, LENGTH), 5e-5)
 
 
-def test_logits_in_float64(pair, exact):
+def test_logits_in_float64(pair, monkeypatch):
     """Where rounding hides nothing: another formula, or another epsilon, would show."""
     theirs, _, folder = pair
-    ours, ids = LLaMA.from_pretrained(folder, np.float64), random_ids(2, LENGTH)
-    exact(theirs.double(), ours)
-    expected = logits_of(theirs, ids)
-    theirs.float()
-    assert expected.dtype == np.float64
-    np.testing.assert_allclose(our_logits(ours, ids), expected, rtol=0, atol=1e-11)
+    ours = LLaMA.from_pretrained(folder, np.float64)
+    theirs = in_float64(theirs, ours, modeling_llama, monkeypatch)
+    assert_same_logits(theirs, ours, random_ids(2, LENGTH), 1e-11)
 
 
-# float32: a gradient here is a sum over 138 positions of terms of either sign, each rounded to 6e-8 of
-# itself; so its error is measured against the largest of its tensor.
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-5), (np.float64, 1e-12)])
-def test_loss_and_gradients(pair, exact, dtype, tolerance):
+def test_loss_and_gradients(pair, monkeypatch, dtype, tolerance):
     theirs, _, folder = pair
-    ours, ids = LLaMA.from_pretrained(folder, dtype), random_ids(2, LENGTH)
-    theirs.zero_grad()
+    ours = LLaMA.from_pretrained(folder, dtype)
     if dtype == np.float64:
-        exact(theirs.double(), ours)
-    labels = torch.from_numpy(ids).clone()
-    labels[1, 5:9] = -100
-    logits = theirs(torch.from_numpy(ids)).logits  # theirs(ids, labels=labels) rounds them to float32
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    expected.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
-    theirs.float()
-    theirs.zero_grad()
-    loss = ours.loss(ids[:, :-1], labels.numpy()[:, 1:])
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    assert len(gradients) == len(ours.parameters())
-    for name, parameter in ours.named_parameters():
-        g = gradients[ours.published_name(name)]
-        np.testing.assert_allclose(
-            parameter.grad.numpy(), g, rtol=0, atol=tolerance * np.abs(g).max(), err_msg=name
-        )
+        theirs = in_float64(theirs, ours, modeling_llama, monkeypatch)
+    else:
+        theirs = converted(theirs, dtype)
+    gradients = gradients_of_same_loss(theirs, ours, random_ids(2, LENGTH), tolerance)
+    assert_same_gradients(ours, gradients, tolerance)
 
 
 def test_greedy_text(pair):
     """With both caches, to the end of the context."""
     theirs, ours, _ = pair
     ids = random_ids(2, 6)
-    with torch.no_grad():
-        expected = theirs.generate(
-            torch.from_numpy(ids),
-            attention_mask=torch.ones(2, 6, dtype=torch.int64),
-            max_new_tokens=LENGTH - 6,
-            do_sample=False,
-            pad_token_id=0,
-        )
     found = ours.generate(ids, LENGTH - 6, temperature=0)
-    assert np.array_equal(found, expected.numpy()) and found.shape == (2, LENGTH)
+    assert np.array_equal(found, greedy(theirs, ids, LENGTH - 6)) and found.shape == (2, LENGTH)
 
 
 # Angles
@@ -213,29 +153,23 @@ def test_angles_of_published_models(options):
 
 def test_transformers_reads_what_we_write(pair, tmp_path):
     theirs, ours, _ = pair
-    ours.save_pretrained(tmp_path)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(again) is transformers.LlamaForCausalLM and again.dtype == torch.float32
-    assert {kind: list(names) for kind, names in report.items() if names} == {}
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    again = read_back(theirs, ours, tmp_path)
     written, read = again.config.to_dict(), theirs.config.to_dict()
     differ = {name for name in written.keys() | read.keys() if written.get(name) != read.get(name)}
     origin = {"architectures", "_name_or_path", "dtype", "torch_dtype"}
     assert differ <= {*origin, "bos_token_id", "eos_token_id"}
     ids = random_ids(2, LENGTH)
-    # The same weights; but where an array happens to lie in memory, its sums may round otherwise.
-    np.testing.assert_allclose(logits_of(again.eval(), ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits_of(again, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_a_model_of_ours_is_one_of_theirs(options, tmp_path):
     """Not read from their files before: our configuration and initialization, written and read by them."""
-    ours = LLaMA(LLaMAConfig(61, 24, 40, 2, 4, max_position_embeddings=LENGTH, **options), seed=0).eval()
+    config = LLaMAConfig(VOCABULARY, 24, 40, 2, 4, max_position_embeddings=LENGTH, **options)
+    ours = LLaMA(config, seed=0).eval()
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = random_ids(2, LENGTH)
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(theirs, ids), rtol=0, atol=5e-5)
+    assert_same_logits(theirs, ours, random_ids(2, LENGTH))
     assert LLaMA.from_pretrained(tmp_path).config == ours.config
 
 
@@ -259,19 +193,11 @@ def test_half_precision_files(dtype, tmp_path):
     halves.save_pretrained(tmp_path)
     # Read anew, for halves.float() would keep halved angles, which no file holds.
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    ours, ids = tinyllm.from_pretrained(tmp_path), random_ids(2, LENGTH)
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(theirs, ids), rtol=0, atol=5e-5)
+    assert_same_logits(theirs, tinyllm.from_pretrained(tmp_path), random_ids(2, LENGTH))
 
 
 def test_shards(tmp_path):
-    theirs = reference()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    ids = random_ids(2, LENGTH)
-    np.testing.assert_allclose(
-        our_logits(tinyllm.from_pretrained(tmp_path), ids), logits_of(theirs, ids), rtol=0, atol=5e-5
-    )
+    assert_shards_are_read(reference(), tmp_path, random_ids(2, LENGTH))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -286,10 +212,7 @@ def test_old_files_with_stored_frequencies(tied, tmp_path):
         arrays[name] = theirs.model.rotary_emb.inv_freq.numpy()
     arrays["lm_head.weight"] = theirs.lm_head.weight.detach().numpy()
     save_file(arrays, tmp_path / "model.safetensors")
-    ids = random_ids(2, LENGTH)
-    np.testing.assert_allclose(
-        our_logits(tinyllm.from_pretrained(tmp_path), ids), logits_of(theirs, ids), rtol=0, atol=5e-5
-    )
+    assert_same_logits(theirs, tinyllm.from_pretrained(tmp_path), random_ids(2, LENGTH))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 import autograd.functional as F
 import tinyllm
@@ -19,22 +18,10 @@ from tinyllm.generation import KeyValueCache
 from tinyllm.models import LLaMA, LLaMAConfig, Mistral, MistralConfig
 from tinyllm.models.mistral import SIZES, RollingCache
 
+from .folders import edit, one_line, stored
 from .tiny import MISTRAL_CONFIG, scramble, tokens
 
 LONG = replace(MISTRAL_CONFIG, max_position_embeddings=200)  # several blocks of 64 queries of the attention
-
-
-@pytest.fixture(params=["fused", "composed"])
-def both(request):
-    F.use_fused(request.param == "fused")
-    yield request.param
-    F.use_fused(True)
-
-
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # The window
@@ -238,11 +225,6 @@ def test_null_is_written_and_read_as_null(options, tmp_path):
     assert np.array_equal(again(ids).numpy(), model(ids).numpy())
 
 
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 @pytest.fixture
 def saved(tmp_path):
     model = scramble(Mistral(MISTRAL_CONFIG))
@@ -297,8 +279,7 @@ def test_the_published_layout(saved):
     }  # fmt: skip
     expected = {"model.embed_tokens.weight": (31, C), "model.norm.weight": (C,), "lm_head.weight": (31, C)}
     expected |= {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in block.items()}
-    stored = load_file(folder / "model.safetensors")
-    assert {name: array.shape for name, array in stored.items()} == expected
+    assert {name: array.shape for name, array in stored(folder).items()} == expected
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["MistralForCausalLM"] and config["model_type"] == "mistral"
     assert config["sliding_window"] == 7 and config["num_key_value_heads"] == 3 and config["head_dim"] == 6

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import below, which reads it
-torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[reference]'")
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[reference]'")
+import tinyllm
+from tinyllm.models import Mistral, MistralConfig
+from tinyllm.models.mistral import SIZES
 
-from transformers.models.mistral import modeling_mistral  # noqa: E402
+from .reference import (
+    VOCABULARY,
+    assert_same_gradients,
+    assert_same_hidden_states,
+    assert_same_logits,
+    assert_shards_are_read,
+    converted,
+    gradients_of_same_loss,
+    greedy,
+    in_float64,
+    logits_of,
+    random_ids,
+    read_back,
+    scrambled,
+    torch,
+    transformers,
+)
 
-import tinyllm  # noqa: E402
-from autograd import no_grad  # noqa: E402
-from tinyllm.models import Mistral, MistralConfig  # noqa: E402
-from tinyllm.models.mistral import SIZES  # noqa: E402
+modeling_mistral = transformers.models.mistral.modeling_mistral
+EAGER = {"attn_implementation": "eager"}  # has a mask for the window; some others leave that to the kernel
 
 CONFIGS = {
     "window": {},
@@ -33,7 +44,7 @@ CONFIGS = {
 def configuration(**options):
     return transformers.MistralConfig(
         **{
-            "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+            "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 150,
             "sliding_window": 16, "bos_token_id": None, "eos_token_id": None, **options,
         }
@@ -41,17 +52,8 @@ def configuration(**options):
 
 
 def reference(**options):
-    """transformers' model with random weights that make mistakes visible, no norm's weight near 1.
-
-    Its eager attention, which has a mask for the window; some of the others leave that to the kernel.
-    """
-    torch.manual_seed(0)
-    config = configuration(**options)
-    model = transformers.MistralForCausalLM._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    """transformers' model with random weights."""
+    return scrambled(transformers.MistralForCausalLM._from_config, configuration(**options), **EAGER)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -62,49 +64,13 @@ def pair(request, tmp_path_factory):
     return theirs, tinyllm.from_pretrained(folder), folder
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    """double(theirs, ours): transformers' model computing in float64 what it always rounds to float32, except
-    for the angles of the positions, which are float32 in both, and here the same."""
-
-    def double(theirs, ours):
-        exact = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-        monkeypatch.setattr(modeling_mistral, "torch", exact)
-
-        def rotation(x, position_ids):
-            tables = (np.concatenate([a, a], axis=1) for a in ours._rotation(0, position_ids.shape[1]))
-            return tuple(torch.from_numpy(table)[None] for table in tables)
-
-        monkeypatch.setattr(theirs.model.rotary_emb, "forward", rotation)
-        return theirs.double()
-
-    return double
-
-
-def random_ids(*shape):
-    return np.random.default_rng(shape).integers(0, 61, shape)
-
-
-def logits_of(theirs, ids):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)).logits.float().numpy()
-
-
-def our_logits(ours, ids):
-    with no_grad():
-        return ours(ids).numpy()
-
-
 # A window is 16: around its end, around the end of a block of our attention, and many windows.
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 65, 150])
 def test_logits(pair, length):
     theirs, ours, _ = pair
     assert type(ours) is Mistral
-    ids = random_ids(3, length)
-    expected, found = logits_of(theirs, ids), our_logits(ours, ids)
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+    found = assert_same_logits(theirs, ours, random_ids(3, length))
+    assert found.dtype == np.float32 and np.abs(found).max() > 1
 
 
 def test_their_window_is_at_work(pair):
@@ -131,73 +97,50 @@ def test_rotation(pair):
         np.testing.assert_allclose(np.tile(found, 2), expected[0].numpy(), rtol=0, atol=2e-7)
 
 
-def test_logits_and_hidden_states_in_float64(pair, in_double):
+def test_logits_and_hidden_states_in_float64(pair, monkeypatch):
     """Where rounding hides nothing: another formula, or another epsilon, would show."""
     theirs, _, folder = pair
-    ours, ids = Mistral.from_pretrained(folder, np.float64), random_ids(2, 150)
-    with torch.no_grad():
-        found = in_double(theirs, ours)(torch.from_numpy(ids), output_hidden_states=True)
-    theirs.float()
-    with no_grad():
-        hidden = ours.hidden_states(ids).numpy()
-    np.testing.assert_allclose(hidden, found.hidden_states[-1].numpy(), rtol=0, atol=1e-11)
-    np.testing.assert_allclose(our_logits(ours, ids), found.logits.numpy(), rtol=0, atol=1e-11)
+    ours = Mistral.from_pretrained(folder, np.float64)
+    theirs = in_float64(theirs, ours, modeling_mistral, monkeypatch)
+    assert_same_hidden_states(theirs, ours, random_ids(2, 150), 1e-11)
+    assert_same_logits(theirs, ours, random_ids(2, 150), 1e-11)
 
 
-# float32: a gradient here is a sum over 298 positions of terms of either sign, each rounded to 6e-8 of
-# itself; so its error is measured against the largest of its tensor.
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-5), (np.float64, 1e-12)])
-def test_loss_and_gradients(pair, in_double, dtype, tolerance):
+def test_loss_and_gradients(pair, monkeypatch, dtype, tolerance):
     theirs, _, folder = pair
-    ours, ids = Mistral.from_pretrained(folder, dtype), random_ids(2, 150)
-    theirs.zero_grad()
+    ours = Mistral.from_pretrained(folder, dtype)
     if dtype == np.float64:
-        in_double(theirs, ours)
-    labels = torch.from_numpy(ids).clone()
-    labels[1, 5:9] = -100
-    logits = theirs(torch.from_numpy(ids)).logits  # theirs(ids, labels=labels) rounds them to float32
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    expected.backward()
-    loss = ours.loss(ids[:, :-1], labels.numpy()[:, 1:])
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    gradients = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
-    assert len(gradients) == len(ours.parameters())
-    for name, parameter in ours.named_parameters():
-        g, found = gradients[ours.published_name(name)], parameter.grad.numpy()
-        if theirs.config.sliding_window == 1 and name.split(".")[-2] in ("query", "key"):
-            assert np.abs([g, found]).max() < 1e-6  # of a single score the softmax is 1, whatever it is
-            continue
-        np.testing.assert_allclose(found, g, rtol=0, atol=tolerance * np.abs(g).max(), err_msg=name)
-    theirs.float()
+        theirs = in_float64(theirs, ours, modeling_mistral, monkeypatch)
+    else:
+        theirs = converted(theirs, dtype)
+    gradients = gradients_of_same_loss(theirs, ours, random_ids(2, 150), tolerance)
+    if theirs.config.sliding_window == 1:  # of a single score the softmax is 1, whatever it is
+        for name, parameter in ours.named_parameters():
+            if name.split(".")[-2] in ("query", "key"):
+                found = parameter.grad.numpy()
+                assert np.abs([gradients[name], found]).max() < 1e-6
+                gradients[name] = found  # nothing but rounding in both
+    assert_same_gradients(ours, gradients, tolerance)
 
 
 def test_transformers_reads_what_we_write(pair, tmp_path):
     theirs, ours, _ = pair
-    ours.save_pretrained(tmp_path)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", output_loading_info=True
-    )
-    assert type(again) is transformers.MistralForCausalLM and again.dtype == torch.float32
-    assert {kind: list(names) for kind, names in report.items() if names} == {}
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    again = read_back(theirs, ours, tmp_path, **EAGER)
     options = "sliding_window num_key_value_heads head_dim rms_norm_eps rope_parameters tie_word_embeddings"
     for option in (*options.split(), "max_position_embeddings"):
         assert getattr(again.config, option) == getattr(theirs.config, option)
     ids = random_ids(2, 150)
-    # The same weights; but where an array happens to lie in memory, its sums may round otherwise.
-    np.testing.assert_allclose(logits_of(again.eval(), ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits_of(again, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
 def test_a_model_of_ours_is_one_of_theirs(tmp_path):
     """Not read from their files before: our configuration and initialization, written and read by them."""
-    config = MistralConfig(61, 24, 40, 3, 4, 2, max_position_embeddings=150, sliding_window=16)
+    config = MistralConfig(VOCABULARY, 24, 40, 3, 4, 2, max_position_embeddings=150, sliding_window=16)
     ours = Mistral(config, seed=0).eval()
     ours.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    ids = random_ids(2, 150)
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(theirs, ids), rtol=0, atol=5e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).eval()
+    assert_same_logits(theirs, ours, random_ids(2, 150))
     assert Mistral.from_pretrained(tmp_path).config == config
 
 
@@ -206,23 +149,13 @@ def test_half_precision_files(dtype, tmp_path):
     """A half is exact in float32, so the same weights give the same logits."""
     halves = reference().to(getattr(torch, dtype))
     halves.save_pretrained(tmp_path)
-    ours, ids = tinyllm.from_pretrained(tmp_path), random_ids(2, 150)
-    assert ours.dtype == np.float32
     # Their positions' frequencies were rounded to halves with the weights; those are made anew.
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", dtype=torch.float32
-    )
-    np.testing.assert_allclose(our_logits(ours, ids), logits_of(theirs.eval(), ids), rtol=0, atol=5e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER)
+    assert_same_logits(theirs.eval(), tinyllm.from_pretrained(tmp_path), random_ids(2, 150))
 
 
 def test_shards(tmp_path):
-    theirs = reference()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    ids = random_ids(2, 150)
-    np.testing.assert_allclose(
-        our_logits(tinyllm.from_pretrained(tmp_path), ids), logits_of(theirs, ids), rtol=0, atol=5e-5
-    )
+    assert_shards_are_read(reference(), tmp_path, random_ids(2, 150))
 
 
 @pytest.mark.parametrize("start, end", [(3, 70), (40, 60)])
@@ -231,16 +164,8 @@ def test_greedy_text(window, start, end, tmp_path):
     """Both with their caches, theirs cut at the window and ours rolling; prompts within it and past it."""
     theirs, ids = reference(sliding_window=window), random_ids(2, start)
     theirs.save_pretrained(tmp_path)
-    with torch.no_grad():
-        expected = theirs.generate(
-            torch.from_numpy(ids),
-            attention_mask=torch.ones(ids.shape, dtype=torch.int64),
-            max_new_tokens=end - start,
-            do_sample=False,
-            pad_token_id=0,
-        )
     found = tinyllm.from_pretrained(tmp_path).generate(ids, end - start, temperature=0)
-    assert np.array_equal(found, expected.numpy()) and found.shape == (2, end)
+    assert np.array_equal(found, greedy(theirs, ids, end - start)) and found.shape == (2, end)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from tinyllm.errors import InputError
 from tinyllm.files import ArrayFile, read_arrays, write_arrays
 from tinyllm.pretrained import HARMLESS, match, read_config, read_weights, refuse_unknown, write_weights
 
+from .folders import one_line
+
 RNG = np.random.default_rng(0)
 CONFIG = {"model_type": "gpt2", "n_layer": 2}
 
@@ -44,13 +46,8 @@ def craft(path, header, data=b""):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 # Reading and writing
+
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 100, 1])
 def test_round_trip_in_one_file_and_in_shards(tmp_path, max_shard_bytes):
@@ -97,9 +94,12 @@ def test_any_layout_in_memory_is_stored_right(tmp_path_factory, data):
     array = data.draw(hnp.arrays(st.sampled_from(DTYPES), shape))
     view = array.transpose(data.draw(st.permutations(range(array.ndim))))
     if array.ndim:
-        view = view[::data.draw(st.sampled_from([1, 2, -1]))]
-    layouts = {"view": view, "stretched": np.broadcast_to(array, (2, *array.shape)),
-               "big-endian": array.astype(array.dtype.newbyteorder(">"))}
+        view = view[:: data.draw(st.sampled_from([1, 2, -1]))]
+    layouts = {
+        "view": view,
+        "stretched": np.broadcast_to(array, (2, *array.shape)),
+        "big-endian": array.astype(array.dtype.newbyteorder(">")),
+    }
     path = tmp_path_factory.getbasetemp() / "layouts.safetensors"
     write_arrays(path, layouts)
     expected = {name: np.array(a, dtype=a.dtype.newbyteorder("=")) for name, a in layouts.items()}
@@ -108,18 +108,22 @@ def test_any_layout_in_memory_is_stored_right(tmp_path_factory, data):
 
 def test_float_types_come_as_asked_and_integers_as_they_are(tmp_path):
     bits = np.array([0x3FC0, 0xC000, 0x7F80], np.uint16)  # the upper halves of the float32 1.5, -2, infinity
-    entries = {"b": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]},
-               "h": {"dtype": "F16", "shape": [1], "data_offsets": [6, 8]},
-               "d": {"dtype": "F64", "shape": [], "data_offsets": [8, 16]},
-               "position_ids": {"dtype": "I64", "shape": [1, 2], "data_offsets": [16, 32]},
-               "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [16, 16]}}
+    entries = {
+        "b": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]},
+        "h": {"dtype": "F16", "shape": [1], "data_offsets": [6, 8]},
+        "d": {"dtype": "F64", "shape": [], "data_offsets": [8, 16]},
+        "position_ids": {"dtype": "I64", "shape": [1, 2], "data_offsets": [16, 32]},
+        "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [16, 16]},
+    }
     data = [bits, np.float16(0.1), np.float64(0.1), np.int64([7, 2**53 + 1])]
     craft(tmp_path / "model.safetensors", entries, b"".join(part.tobytes() for part in data))
     expected = {"b": np.array([1.5, -2, np.inf]), "h": np.float64([np.float16(0.1)]), "d": np.float64(0.1)}
     for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
         found = read_weights(tmp_path, dtype)
-        assert_same({name: found[name] for name in expected},
-                    {name: array.astype(dtype) for name, array in expected.items()})
+        assert_same(
+            {name: found[name] for name in expected},
+            {name: array.astype(dtype) for name, array in expected.items()},
+        )
         assert found["none"].shape == (0, 3)
         assert_same({"p": found["position_ids"]}, {"p": np.array([[7, 2**53 + 1]])})
     assert read_weights(tmp_path)["b"].dtype == np.float32
@@ -159,8 +163,9 @@ def test_loading_does_not_keep_mapped_pages_beside_the_result(tmp_path):
         loaded = dict(read_weights(sys.argv[1]))
         print((peak() - before) / sum(array.nbytes for array in loaded.values()))"""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True,
-                         text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True
+    )
     assert 0.9 < float(run.stdout) < 1.2, run.stderr
 
 
@@ -181,8 +186,11 @@ def test_a_full_disk_leaves_every_older_file(tmp_path, monkeypatch, shard, broke
     def full(*arguments):
         calls.append(arguments)
         if len(calls) == len(list(tmp_path.glob("*.safetensors"))):  # at the last shard, others are written
-            raise (OSError(28, "No space left on device") if broken == "fsync"
-                   else SafetensorError("I/O error: No space left on device (os error 28)"))
+            raise (
+                OSError(28, "No space left on device")
+                if broken == "fsync"
+                else SafetensorError("I/O error: No space left on device (os error 28)")
+            )
         return None if broken == "fsync" else save_file(*arguments)
 
     monkeypatch.setattr(os if broken == "fsync" else files, broken, full)
@@ -203,6 +211,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
 
 # Damage
 
+
 def test_every_truncation_and_extension_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     write_arrays(path, tensors(2))
@@ -218,8 +227,12 @@ def test_every_truncation_and_extension_is_refused(tmp_path):
 
 
 def test_every_flip_in_the_header_is_noticed_or_changes_nothing(tmp_path):
-    saved = {"wte": RNG.standard_normal((2, 3)).astype(np.float32), "ln": np.zeros(0, np.float32),
-             "b": np.float16(3), "ids": np.arange(4)}
+    saved = {
+        "wte": RNG.standard_normal((2, 3)).astype(np.float32),
+        "ln": np.zeros(0, np.float32),
+        "b": np.float16(3),
+        "ids": np.arange(4),
+    }
     shapes = {name: array.shape for name, array in saved.items()}
     write_weights(tmp_path, CONFIG, saved)
     path = tmp_path / "model.safetensors"
@@ -227,7 +240,7 @@ def test_every_flip_in_the_header_is_noticed_or_changes_nothing(tmp_path):
     header, noticed = 8 + int.from_bytes(good[:8], "little"), 0
     for place in range(header):
         for flip in (1 << place % 8, 1 << (place + 3) % 8, 0xFF):
-            path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1:])
+            path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
             try:
                 weights = read_weights(tmp_path)
                 match(weights, shapes)
@@ -242,21 +255,38 @@ def test_every_flip_in_the_header_is_noticed_or_changes_nothing(tmp_path):
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize("header, said", [
-    (b"{", "header of 1 bytes"), (b"[1, 2, 3]", ""), (b'"abc"', ""), (b"\xff\xfe{}", "utf-8"),
-    (b"[" * 99_999, ""), ("{}".encode("utf-16-le"), ""),
-    ({"a": A | {"dtype": "F8_E4M3"}}, "F8_E4M3"), ({"a": A | {"dtype": ["F32"]}}, ""),
-    ({"a": A | {"shape": [-2, -1]}}, "shape"), ({"a": A | {"shape": [2.0]}}, "shape"),
-    ({"a": A | {"shape": [True, 2]}}, "shape"), ({"a": A | {"shape": [2**62, 4]}}, "shape"),
-    ({"a": A | {"shape": [3]}}, "'a'"), ({"a": A | {"shape": 2}}, ""), ({"a": A | {"data_offsets": [0]}}, ""),
-    ({"a": A | {"data_offsets": [4, 12]}}, "'a'"), ({"a": A | {"data_offsets": [8, 0]}}, ""),
-    ({"a": A | {"data_offsets": [-8, 0]}}, "shape"), ({"a": A, "b": A}, "'b'"),
-    ({"a": A, "b": A | {"data_offsets": [8, 16]}}, "describes"), ({}, "describes"), ({"a": {}}, ""),
-    ({"a": A, "__metadata__": 3}, ""), ({"a": A, "b\n": 7}, ""),
-    ({"a": A | {"shape": [2**40], "data_offsets": [0, 2**42]}}, "describes"),
-    ({"a": A | {"shape": [0, 2**70], "data_offsets": [0, 0]}}, "shape"),
-    (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, ' + b"9" * 5000 + b"]}}", ""),
-])
+@pytest.mark.parametrize(
+    "header, said",
+    [
+        (b"{", "header of 1 bytes"),
+        (b"[1, 2, 3]", ""),
+        (b'"abc"', ""),
+        (b"\xff\xfe{}", "utf-8"),
+        (b"[" * 99_999, ""),
+        ("{}".encode("utf-16-le"), ""),
+        ({"a": A | {"dtype": "F8_E4M3"}}, "F8_E4M3"),
+        ({"a": A | {"dtype": ["F32"]}}, ""),
+        ({"a": A | {"shape": [-2, -1]}}, "shape"),
+        ({"a": A | {"shape": [2.0]}}, "shape"),
+        ({"a": A | {"shape": [True, 2]}}, "shape"),
+        ({"a": A | {"shape": [2**62, 4]}}, "shape"),
+        ({"a": A | {"shape": [3]}}, "'a'"),
+        ({"a": A | {"shape": 2}}, ""),
+        ({"a": A | {"data_offsets": [0]}}, ""),
+        ({"a": A | {"data_offsets": [4, 12]}}, "'a'"),
+        ({"a": A | {"data_offsets": [8, 0]}}, ""),
+        ({"a": A | {"data_offsets": [-8, 0]}}, "shape"),
+        ({"a": A, "b": A}, "'b'"),
+        ({"a": A, "b": A | {"data_offsets": [8, 16]}}, "describes"),
+        ({}, "describes"),
+        ({"a": {}}, ""),
+        ({"a": A, "__metadata__": 3}, ""),
+        ({"a": A, "b\n": 7}, ""),
+        ({"a": A | {"shape": [2**40], "data_offsets": [0, 2**42]}}, "describes"),
+        ({"a": A | {"shape": [0, 2**70], "data_offsets": [0, 0]}}, "shape"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, ' + b"9" * 5000 + b"]}}", ""),
+    ],
+)
 def test_headers_that_lie(tmp_path, header, said):
     craft(tmp_path / "model.safetensors", header, bytes(8) if header != b"{" else b"")
     with pytest.raises(InputError, match="model.safetensors is damaged") as error:
@@ -317,10 +347,16 @@ def test_shards_that_do_not_fit_their_index(tmp_path):
         read_weights(tmp_path)
 
 
-@pytest.mark.parametrize("text, said", [
-    (b"", "damaged"), (b'{"n_layer": 2', "damaged"), (b'{"a": "\xff"}', "damaged"), (b"[1]", "list"),
-    (b"[" * 99_999, "damaged"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b"", "damaged"),
+        (b'{"n_layer": 2', "damaged"),
+        (b'{"a": "\xff"}', "damaged"),
+        (b"[1]", "list"),
+        (b"[" * 99_999, "damaged"),
+    ],
+)
 def test_damaged_config(tmp_path, text, said):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(InputError, match=f"config.json .*{said}") as error:
@@ -348,9 +384,13 @@ def test_missing_files_say_what_is_there_and_pickles_how_to_convert(tmp_path):
 
 # What a model accepts
 
+
 def test_match_names_all_that_does_not_fit(tmp_path):
-    write_weights(tmp_path, CONFIG, {f"h.{i}.attn.{name}": np.zeros((2, 3)) for i in range(6)
-                                     for name in ("bias", "c_attn.bias")})
+    write_weights(
+        tmp_path,
+        CONFIG,
+        {f"h.{i}.attn.{name}": np.zeros((2, 3)) for i in range(6) for name in ("bias", "c_attn.bias")},
+    )
     weights, ignore = read_weights(tmp_path), r"h\.\d+\.attn\.bias"
     shapes = {f"h.{i}.attn.c_attn.bias": [2, 3] for i in range(6)}
     match(weights, shapes, ignore)
@@ -392,12 +432,24 @@ def test_renamed(tmp_path):
 def test_refuse_unknown():
     read = {"model_type", "n_layer", "rope_scaling"}
     only = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "reorder_and_upcast_attn": (False,)}
-    fine = CONFIG | {"activation_function": "gelu_new", "reorder_and_upcast_attn": False, "use_cache": True,
-                     "pruned_heads": {}, "rope_scaling": {"factor": 2}, "is_decoder": False}
+    fine = CONFIG | {
+        "activation_function": "gelu_new",
+        "reorder_and_upcast_attn": False,
+        "use_cache": True,
+        "pruned_heads": {},
+        "rope_scaling": {"factor": 2},
+        "is_decoder": False,
+    }
     refuse_unknown(fine, read, only)
-    for option, value in {"activation_function": "relu", "reorder_and_upcast_attn": True, "novel": None,
-                          "is_decoder": True, "pruned_heads": {"0": [1]}, "quantization_config": {"bits": 4},
-                          "tie_word_embeddings": True}.items():
+    for option, value in {
+        "activation_function": "relu",
+        "reorder_and_upcast_attn": True,
+        "novel": None,
+        "is_decoder": True,
+        "pruned_heads": {"0": [1]},
+        "quantization_config": {"bits": 4},
+        "tie_word_embeddings": True,
+    }.items():
         with pytest.raises(InputError, match=f"{option} = ") as error:
             refuse_unknown(fine | {option: value}, read, only)
         one_line(error)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import tinyllm
 from autograd import Tensor, nn, no_grad
@@ -16,18 +16,13 @@ from tinyllm.errors import InputError
 from tinyllm.models import RWKV, RWKVConfig
 from tinyllm.models.rwkv import SIZES
 
+from .folders import edit, one_line, stored
 from .tiny import RWKV_CONFIG, TINY, scramble, tokens
 
 
 @pytest.fixture
 def model():
     return TINY["rwkv"](0)
-
-
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # The function that it computes
@@ -262,13 +257,6 @@ def saved(tmp_path, model):
     return tmp_path, model
 
 
-def edit(folder, **options):
-    """Change options of config.json; `...` takes one out."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | options
-    config = {name: value for name, value in config.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 def test_the_published_layout(saved):
     """Names and shapes as in the published files: the mixtures (1, 1, C), no prefix for the head alone."""
     folder, model = saved
@@ -288,7 +276,7 @@ def test_the_published_layout(saved):
     expected |= {"rwkv.blocks.0.pre_ln.weight": (C,), "rwkv.blocks.0.pre_ln.bias": (C,)}
     expected |= {"rwkv.embeddings.weight": (31, C), "head.weight": (31, C)}
     expected |= {"rwkv.ln_out.weight": (C,), "rwkv.ln_out.bias": (C,)}
-    found = load_file(folder / "model.safetensors")
+    found = stored(folder)
     assert {name: array.shape for name, array in found.items()} == expected
     square = found["rwkv.blocks.1.feed_forward.receptance.weight"]  # whose shape does not tell the layout
     assert np.array_equal(square, model.blocks[1].channel_mix.receptance.weight.numpy())
@@ -317,7 +305,7 @@ def test_what_a_config_leaves_out(saved):
 def test_a_tied_head(tmp_path):
     model = scramble(RWKV(replace(RWKV_CONFIG, tie_word_embeddings=True)))
     model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = stored(tmp_path)
     assert "head.weight" not in weights and "output.weight" not in model.state_dict()
     ids = tokens(model, 2, 9)
     expected = model(ids).numpy()
@@ -334,7 +322,7 @@ def test_a_tied_head(tmp_path):
 
 def test_tensors_that_do_not_fit_are_named(saved):
     folder, _ = saved
-    weights = load_file(folder / "model.safetensors")
+    weights = stored(folder)
     mixture = "rwkv.blocks.1.feed_forward.time_mix_key"
     weights[mixture] = weights[mixture].reshape(24)
     weights["rwkv.blocks.1.attention.time_faaaa"] = weights.pop("rwkv.blocks.1.attention.time_first")
@@ -380,3 +368,18 @@ def test_an_option_of_another_model_is_refused(saved, option):
     edit(folder, **option)
     message = one_line(pytest.raises(InputError, tinyllm.from_pretrained, folder))
     assert next(iter(option)) in message and "unknown" in message
+
+
+def test_a_decay_of_any_size():
+    """e^89 is more than float32 holds; a channel that forgets at once needs no such number."""
+    model = TINY["rwkv"](0)
+    for block in model.blocks:
+        block.time_mix.time_decay.data[::3] = 89.0
+    ids = tokens(model, 2, 9)
+    cache = model.new_cache(9)
+    with np.errstate(over="raise", invalid="raise"), no_grad():
+        whole = model(ids).numpy()
+        parts = np.concatenate([model(ids[:, :4], cache).numpy(), model(ids[:, 4:], cache).numpy()], axis=1)
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5)
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    assert all(np.isfinite(p.grad.data).all() for p in model.parameters())

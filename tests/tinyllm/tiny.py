@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+import autograd.functional as F
+from autograd import Tensor, gradcheck
 from tinyllm.models import (
     GPT1,
     GPT2,
@@ -42,6 +44,35 @@ def fresh(model: Any, seed: int = 0) -> Any:
 def tokens(model: Any, *shape: int, seed: int = 0) -> np.ndarray:
     """Random ids that the model knows."""
     return np.random.default_rng(seed).integers(0, model.vocabulary_size, shape)
+
+
+def assert_gradients_are_derivatives(model: Any, ids: Any, targets: Any, projections: int = 1) -> None:
+    """Of the loss, with respect to every parameter, with the same elements dropped each time."""
+    parameters = model.parameters()
+
+    def loss(*values: Tensor) -> Tensor:
+        F.manual_seed(3)
+        before = [parameter.data for parameter in parameters]
+        for parameter, value in zip(parameters, values):
+            parameter.data = value.data
+        try:
+            return model.loss(ids, targets)
+        finally:
+            for parameter, data in zip(parameters, before):
+                parameter.data = data
+
+    assert gradcheck(loss, parameters, projections=projections)
+
+
+def assert_dropout_in_training_only(model: Any, without: Any, ids: Any) -> None:
+    """`without` is the model without dropout; both are in evaluation mode."""
+    plain = without(ids).numpy()
+    assert np.array_equal(model(ids).numpy(), plain)
+    model.train()
+    F.manual_seed(0)
+    first, second = model(ids).numpy(), model(ids).numpy()
+    assert np.abs(first - plain).max() > 1e-2 and np.abs(first - second).max() > 1e-2
+    assert np.array_equal(model.eval()(ids).numpy(), plain)
 
 
 # A context longer than one block of 64 queries of the fused attention; three heads, so that H is not d.

@@ -33,7 +33,7 @@ from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import refuse_unknown
+from tinyllm.pretrained import check_options, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class BigramConfig:
     vocab_size: int = 256
 
     def __post_init__(self) -> None:
-        if type(self.vocab_size) is not int or self.vocab_size < 1:
-            raise InputError(f"vocab_size is {self.vocab_size!r}, but must be a whole number of 1 or more")
+        check_options(self, whole="vocab_size")
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> BigramConfig:
@@ -81,6 +80,7 @@ class Bigram(CausalModel):
     model_type = "bigram"
     config_class = BigramConfig
     published_names = {"table": "table"}
+    published_head = None  # it has none
     context = sys.maxsize  # only the last token matters, so there may be any number before it
 
     def __init__(self, config: BigramConfig, seed: int | None = 0) -> None:

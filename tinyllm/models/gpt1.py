@@ -14,7 +14,6 @@ head and three special tokens added, a task (L2):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from tinyllm.attention import SelfAttention
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import refuse_unknown
+from tinyllm.pretrained import check_options, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,16 @@ class GPT1Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name} is {value!r}, but must be a whole number of 1 or more")
+        check_options(
+            self,
+            whole="vocab_size n_positions n_embd n_layer n_head",
+            above_zero="layer_norm_epsilon initializer_range",
+            probabilities="resid_pdrop embd_pdrop attn_pdrop",
+        )
         if self.n_embd % self.n_head:
             raise InputError(
                 f"{self.n_head} heads do not divide the width {self.n_embd}: choose a divisor of it"
             )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise InputError(f"{name} is {value!r}, but must be a probability below 1")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise InputError(f"{name} is {value!r}, but must be a number above 0")
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> GPT1Config:

@@ -25,7 +25,7 @@ from tinyllm.attention import SelfAttention
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import refuse_unknown
+from tinyllm.pretrained import check_options, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,16 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name} is {value!r}, but must be a whole number of 1 or more")
-        if self.n_inner is not None and (type(self.n_inner) is not int or self.n_inner < 1):
-            raise InputError(f"n_inner is {self.n_inner!r}, but must be a whole number of 1 or more, or null")
+        check_options(
+            self,
+            whole="vocab_size n_positions n_embd n_layer n_head n_inner",
+            above_zero="layer_norm_epsilon initializer_range",
+            probabilities="resid_pdrop embd_pdrop attn_pdrop",
+        )
         if self.n_embd % self.n_head:
             raise InputError(
                 f"{self.n_head} heads do not divide the width {self.n_embd}: choose a divisor of it"
             )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise InputError(f"{name} is {value!r}, but must be a probability below 1")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise InputError(f"{name} is {value!r}, but must be a number above 0")
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> GPT2Config:

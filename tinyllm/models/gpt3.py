@@ -21,6 +21,7 @@ from typing import Any
 from autograd.optim import warmup_cosine
 from tinyllm.errors import InputError
 from tinyllm.models.gpt2 import GPT2, GPT2Config
+from tinyllm.pretrained import check_options
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class GPT3Config(GPT2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.window_size) is not int or self.window_size < 1:
-            raise InputError(f"window_size is {self.window_size!r}, but must be a whole number of 1 or more")
+        check_options(self, whole="window_size")
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> GPT3Config:
         """From the contents of a config.json; InputError for an option that we do not implement."""
+        if "window_size" not in config:  # else one wrong letter would make a GPT-3 of a GPT-2
+            raise InputError("config.json of a gpt3 must say its window_size, the width of the band")
         return super().from_published({name: config[name] for name in config if name != "model_type"})
 
     def to_published(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from autograd import Tensor, nn
 from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import refuse_unknown
+from tinyllm.pretrained import check_options, refuse_unknown
 
 # The kinds of rope_scaling, and the numbers that each needs; see `rope_frequencies`.
 ROPE_SCALINGS = {
@@ -71,26 +71,19 @@ class LLaMAConfig:
         "rope_interleaved": (False,),
         "is_llama_config": (True,),
     }
-    told: ClassVar[frozenset[str]] = frozenset(  # that say nothing about what the model computes
+    harmless: ClassVar[frozenset[str]] = frozenset(  # that say nothing about what the model computes
         ("max_sequence_length", "transformers.js_config", "unsloth_version", "unsloth_fixed")
     )
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-        for name in (*sizes.split(), "max_position_embeddings", "num_key_value_heads", "head_dim"):
-            value = getattr(self, name)
-            optional = name in ("num_key_value_heads", "head_dim")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                also = ", or null" if optional else ""
-                raise InputError(f"{name} is {value!r}, but must be a whole number of 1 or more{also}")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            _check_number(name, getattr(self, name))
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-            if type(getattr(self, name)) is not bool:
-                raise InputError(f"{name} is {getattr(self, name)!r}, but must be true or false")
-        p = self.attention_dropout
-        if type(p) not in (int, float) or not 0 <= p < 1:
-            raise InputError(f"attention_dropout is {p!r}, but must be a probability below 1")
+        check_options(
+            self,
+            whole="vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings",
+            above_zero="rms_norm_eps rope_theta initializer_range",
+            probabilities="attention_dropout",
+            flags="attention_bias mlp_bias tie_word_embeddings",
+        )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"{self.num_attention_heads} heads do not divide the width {self.hidden_size}: choose a "
@@ -124,7 +117,7 @@ class LLaMAConfig:
     def from_published(cls, config: Mapping[str, Any]) -> LLaMAConfig:
         """From the contents of a config.json; InputError for an option that we do not implement."""
         names = {field.name for field in fields(cls)} - cls.implemented.keys()
-        refuse_unknown(config, read={*names, "rope_parameters", *cls.told}, only=cls.implemented)
+        refuse_unknown(config, read={*names, "rope_parameters", *cls.harmless}, only=cls.implemented)
         return cls(**{name: config[name] for name in names if name in config} | read_rope(config))
 
     def to_published(self) -> dict[str, Any]:
@@ -233,12 +226,12 @@ class Attention(nn.Module):
         self.key = nn.Linear(C, H_kv * d, bias)
         self.value = nn.Linear(C, H_kv * d, bias)
         self.projection = nn.Linear(H * d, C, bias)
-        self.layer, self.head_size, self.p = layer, d, config.attention_dropout
+        self.layer, self.head_size, self.dropout = layer, d, config.attention_dropout
 
     def forward(self, x: Tensor, cos: Array, sin: Array, cache: Any) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H d), (B, T, H_kv d) twice
         if cache is None:
-            dropout = self.p if self.training else 0.0
+            dropout = self.dropout if self.training else 0.0
             out = F.rotary_attention(q, k, v, cos, sin, window=self.window, dropout=dropout)
             return self.projection(out)
         q, k, v = map(self._heads, (F.rotary(q, cos, sin), F.rotary(k, cos, sin), v))

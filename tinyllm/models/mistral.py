@@ -20,6 +20,7 @@ from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.generation import KeyValueCache
 from tinyllm.models.llama import LLaMA, LLaMAConfig
+from tinyllm.pretrained import check_options
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class MistralConfig(LLaMAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise InputError(
-                f"sliding_window is {window!r}, but must be a whole number of 1 or more, or null (no window)"
-            )
+        check_options(self, whole="sliding_window")
         for name in ("attention_bias", "mlp_bias"):
             if getattr(self, name):
                 raise InputError(f"{name} is true, but Mistral has no biases: leave it out")

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 import autograd.functional as F
-from autograd import Tensor, concatenate, exp, is_recording, nn, sigmoid
+from autograd import Tensor, concatenate, exp, is_recording, maximum, nn, sigmoid
 from autograd.backend import Array, array_module
 from tinyllm.errors import InputError
 from tinyllm.model import CausalModel
-from tinyllm.pretrained import refuse_unknown
+from tinyllm.pretrained import check_options, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,15 @@ class RWKVConfig:
     tie_word_embeddings: bool = False  # the output head is the token embedding
 
     def __post_init__(self) -> None:
-        optional = ("attention_hidden_size", "intermediate_size")
-        for name in ("vocab_size", "context_length", "hidden_size", "num_hidden_layers", *optional):
-            value = getattr(self, name)
-            if not (value is None and name in optional) and (type(value) is not int or value < 1):
-                also = ", or null" if name in optional else ""
-                raise InputError(f"{name} is {value!r}, but must be a whole number of 1 or more{also}")
+        check_options(
+            self,
+            whole="vocab_size context_length hidden_size num_hidden_layers attention_hidden_size "
+            "intermediate_size",
+            above_zero="layer_norm_epsilon",
+            flags="tie_word_embeddings",
+        )
         if type(self.rescale_every) is not int:
             raise InputError(f"rescale_every is {self.rescale_every!r}, but must be a whole number; 0: never")
-        epsilon = self.layer_norm_epsilon
-        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
-            raise InputError(f"layer_norm_epsilon is {epsilon!r}, but must be a number above 0")
-        if type(self.tie_word_embeddings) is not bool:
-            tied = self.tie_word_embeddings
-            raise InputError(f"tie_word_embeddings is {tied!r}, but must be true or false")
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> RWKVConfig:
@@ -165,7 +160,7 @@ class TimeMix(TokenShift):
         k = self.key(mixed(x, before, self.time_mix_key))  # (B, T, A)
         v = self.value(mixed(x, before, self.time_mix_value))
         r = self.receptance(mixed(x, before, self.time_mix_receptance))
-        w, past = exp(self.time_decay), None
+        w, past = exp(-maximum(-self.time_decay, -80.0)), None  # e^80 forgets at once; e^89 overflows
         if state is not None:
             past = state.get(f"WKV {self.name}")
             state.put(f"WKV {self.name}", *F.wkv_state(w.data, k.data, v.data, past))
