@@ -32,23 +32,41 @@ def attention_composed(
     keep: Array | None = None,
 ) -> Tensor:
     check_shapes(q, k, v, causal, window, key_lengths)
-    xp = array_module(q.data, k.data, v.data)
-    (B, H, n, d), (_, H_kv, m, d_v) = q.shape, v.shape
+    (B, H, n, _), (_, H_kv, m, d_v) = q.shape, v.shape
+    p = attention_weights(q, k, causal, window, key_lengths, scale)
+    if keep is not None:
+        p = p * Tensor(keep)
+    grouped = reshape(p, (B, H_kv, H // H_kv, n, m))
+    return reshape(matmul(grouped, reshape(v, (B, H_kv, 1, m, d_v))), (B, H, n, d_v))
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    causal: bool = False,
+    window: int | None = None,
+    key_lengths: Array | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """P = softmax(q k^T * scale) over the visible keys, for looking at.
+
+    q (B, H, n, d), k (B, H_kv, m, d) -> (B, H, n, m).
+    """
+    check_shapes(q, k, k, causal, window, key_lengths)
+    xp = array_module(q.data, k.data)
+    (B, H, n, d), (_, H_kv, m, _) = q.shape, k.shape
     grouped = reshape(q, (B, H_kv, H // H_kv, n, d))
-    k, v = reshape(k, (B, H_kv, 1, m, d)), reshape(v, (B, H_kv, 1, m, d_v))
-    scores = matmul(grouped, swapaxes(k, -1, -2)) * _scale(scale, d)  # (B, H_kv, H / H_kv, n, m)
+    scores = matmul(grouped, swapaxes(reshape(k, (B, H_kv, 1, m, d)), -1, -2)) * _scale(scale, d)
     visible = _visible(xp, slice(0, n), slice(0, m), m - n, causal, window, key_lengths)
     if visible is not None:
-        scores = where(visible, scores, -math.inf)
+        scores = where(visible, scores, -math.inf)  # (B, H_kv, H / H_kv, n, m)
     total = (
         logsumexp(scores, -1, keepdims=True)
         if m
         else broadcast_to(Tensor(xp.zeros((), q.dtype)), scores.shape)
     )
     p = exp(scores - where(xp.isfinite(total.data), total, 0.0))
-    if keep is not None:
-        p = p * Tensor(keep.reshape(p.shape))
-    return reshape(matmul(p, v), (B, H, n, d_v))
+    return reshape(p, (B, H, n, m))
 
 
 @fused(attention_composed)
@@ -78,6 +96,68 @@ def attention(
         return dq, dk, dv, *[None] * 5
 
     return attend.out, gradients
+
+
+def multi_head_attention_composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    causal: bool = False,
+    key_lengths: Array | None = None,
+    keep: Array | None = None,
+) -> Tensor:
+    _check_heads(q, k, v, heads)
+
+    def split(x: Tensor) -> Tensor:
+        B, T, width = x.shape
+        return transpose(reshape(x, (B, T, heads, width // heads)), (0, 2, 1, 3))  # (B, H, T, d)
+
+    out = attention_composed(split(q), split(k), split(v), causal, None, key_lengths, keep=keep)
+    return reshape(transpose(out, (0, 2, 1, 3)), (*q.shape[:2], v.shape[2]))
+
+
+@fused(multi_head_attention_composed)
+def multi_head_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    heads: int,
+    causal: bool = False,
+    key_lengths: Array | None = None,
+    keep: Array | None = None,
+) -> Any:
+    """attention with the heads side by side, as linear maps make them (Vaswani et al. 2017, section 3.2.2).
+
+    q (B, n, H d), k (B, m, H d), v (B, m, H d_v) -> (B, n, H d_v). The heads are views, and the gradients are
+    filled through such views: nothing is cut apart or joined.
+    """
+    _check_heads(q, k, v, heads)
+    xp = array_module(q, k, v)
+    split = lambda x: x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(
+        0, 2, 1, 3
+    )  # (B, H, T, d)
+    arrays = split(q), split(k), split(v)
+    check_shapes(*arrays, causal, None, key_lengths)
+    attend = _Attend(*arrays, causal, None, key_lengths, None, keep)
+
+    def gradients(g: Array, needed: Any) -> Any:
+        dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
+        attend.backward(split(g), split(dq), split(dk), split(dv))
+        return dq, dk, dv, *[None] * 4
+
+    return attend.out.transpose(0, 2, 1, 3).reshape(*q.shape[:2], v.shape[2]), gradients
+
+
+def _check_heads(q: Any, k: Any, v: Any, heads: int) -> None:
+    fits = len(q.shape) == len(k.shape) == len(v.shape) == 3 and q.shape[0] == k.shape[0] == v.shape[0]
+    fits = fits and k.shape[1] == v.shape[1] and q.shape[2] == k.shape[2]
+    if not fits or q.shape[2] % heads or v.shape[2] % heads:
+        raise ValueError(
+            f"multi_head_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: "
+            f"they are (batch, queries, {heads} heads * d), (batch, keys, {heads} * d), and (batch, keys, "
+            f"{heads} * d_v)"
+        )
 
 
 def self_attention_composed(

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import attention as _attention
 from . import backend
+from .attention import attention_weights
 from .backend import Array, array_module
 from .fused import (
     cross_entropy,
@@ -33,9 +34,9 @@ from .tensor import Tensor
 from .wkv import wkv, wkv_state
 
 __all__ = [
-    "attention", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "log_softmax", "manual_seed", "relu", "rms_norm", "rotary",
-    "rotary_attention", "self_attention", "silu", "softmax", "swiglu", "use_fused", "wkv",
+    "attention", "attention_weights", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
+    "linear_cross_entropy", "log_softmax", "manual_seed", "multi_head_attention", "relu", "rms_norm",
+    "rotary", "rotary_attention", "self_attention", "silu", "softmax", "swiglu", "use_fused", "wkv",
     "wkv_state",
 ]  # fmt: skip
 
@@ -105,6 +106,28 @@ def attention(
     """
     keep = dropout_mask((*q.shape[:3], k.shape[2]), dropout, q.data) if dropout else None
     return _attention.attention(q, k, v, causal, window, key_lengths, scale, keep)
+
+
+def multi_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    *,
+    causal: bool = False,
+    key_lengths: Array | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """attention with the heads side by side, as linear maps make them.
+
+    q (B, n, H d), k (B, m, H d), v (B, m, H d_v) -> (B, n, H d_v). causal, key_lengths, dropout: as in
+    `attention`.
+
+    Raises:
+        ValueError: shapes that do not fit, named.
+    """
+    keep = dropout_mask((q.shape[0], heads, q.shape[1], k.shape[1]), dropout, q.data) if dropout else None
+    return _attention.multi_head_attention(q, k, v, heads, causal, key_lengths, keep)
 
 
 def self_attention(

@@ -20,12 +20,15 @@ import autograd.functional as F
 from autograd import Tensor, backend, grad, no_grad
 from autograd.backend import Array
 
+Arrays = Array | tuple[Array, ...]
+
 
 class DataParallel:
     """A model's loss and gradients on batches, in `shards` pieces on as many threads, this one among them.
 
-    The model has loss(inputs, targets, reduction) -> Tensor. On a GPU there is one shard. As a context
-    manager it keeps the BLAS single-threaded while it is open.
+    The model has loss(inputs, targets, reduction) -> Tensor, where inputs are an array (B, ...) or a tuple of
+    such arrays. Where targets are a tuple too, so is the loss, and what counts is the sum of the means. On a
+    GPU there is one shard. As a context manager it keeps the BLAS single-threaded while it is open.
     """
 
     def __init__(self, model: Any, shards: int | None = None) -> None:
@@ -51,18 +54,19 @@ class DataParallel:
         self._limits.restore_original_limits()
         sys.setswitchinterval(self._interval)
 
-    def gradients(self, inputs: Array, targets: Array, seed: tuple[int, ...], parts: int = 1) -> float:
+    def gradients(self, inputs: Arrays, targets: Arrays, seed: tuple[int, ...], parts: int = 1) -> float:
         """Add the gradients of loss / parts to every parameter's `.grad`; returns the mean loss in nats.
 
         inputs, targets (B, ...); targets of -100 do not count. The random numbers of dropout depend on the
         seed and the shard alone; those of this thread start anew, as by manual_seed. parts: how many batches
         are accumulated before a step.
         """
-        share = 1 / (max(int((targets != -100).sum()), 1) * parts)
+        shares = [1 / (max(count, 1) * parts) for count in _counts(targets)]
 
-        def run(shard: int, ids: Array, wanted: Array) -> tuple[float, tuple[Tensor, ...]]:
+        def run(shard: int, some: Arrays, wanted: Arrays) -> tuple[float, tuple[Tensor, ...]]:
             F.manual_seed((*seed, shard))
-            loss = self.model.loss(ids, wanted, reduction="sum") * share
+            sums = _tuple(self.model.loss(some, wanted, reduction="sum"))
+            loss = sum(part * share for part, share in zip(sums, shares, strict=True))
             return loss.item(), grad(loss, self.parameters)
 
         losses, found = zip(*self._over_shards(run, inputs, targets))
@@ -76,14 +80,15 @@ class DataParallel:
         self.map(add, range(len(self.parameters)))
         return sum(losses) * parts
 
-    def loss(self, inputs: Array, targets: Array) -> tuple[float, int]:
-        """The summed loss of a batch in nats, without gradients, and how many targets count."""
+    def loss(self, inputs: Arrays, targets: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """The summed losses of a batch in nats, without gradients, and how many targets count: both (n,), n
+        the number of target arrays."""
 
-        def run(shard: int, ids: Array, wanted: Array) -> float:
+        def run(shard: int, some: Arrays, wanted: Arrays) -> list[float]:
             with no_grad():
-                return self.model.loss(ids, wanted, reduction="sum").item()
+                return [part.item() for part in _tuple(self.model.loss(some, wanted, reduction="sum"))]
 
-        return sum(self._over_shards(run, inputs, targets)), int((targets != -100).sum())
+        return np.sum(self._over_shards(run, inputs, targets), axis=0), np.array(_counts(targets))
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """[function(item) for item in items], each thread taking every shards-th item, this one the first."""
@@ -101,7 +106,20 @@ class DataParallel:
             other.result()
         return results
 
-    def _over_shards(self, run: Callable[..., Any], inputs: Array, targets: Array) -> list[Any]:
+    def _over_shards(self, run: Callable[..., Any], inputs: Arrays, targets: Arrays) -> list[Any]:
         """run(number, inputs, targets) for each shard of the batch that is not empty."""
-        shards = enumerate(zip(np.array_split(inputs, self.shards), np.array_split(targets, self.shards)))
-        return self.map(lambda shard: run(shard[0], *shard[1]), [s for s in shards if len(s[1][0])])
+        rows = np.array_split(np.arange(len(_tuple(targets)[0])), self.shards)
+        cut = lambda arrays, some: (
+            tuple(a[some] for a in arrays) if isinstance(arrays, tuple) else arrays[some]
+        )
+        places = [(k, slice(some[0], some[-1] + 1)) for k, some in enumerate(rows) if len(some)]
+        return self.map(lambda place: run(place[0], cut(inputs, place[1]), cut(targets, place[1])), places)
+
+
+def _tuple(of: Any) -> tuple:
+    return of if isinstance(of, tuple) else (of,)
+
+
+def _counts(targets: Arrays) -> list[int]:
+    """How many targets count, in each array."""
+    return [int((part != -100).sum()) for part in _tuple(targets)]

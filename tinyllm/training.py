@@ -117,12 +117,12 @@ class Steps:
 
 def mean_loss(model: Any, parallel: DataParallel, batches: Iterable[Batch]) -> float:
     """Nats a target over all batches, in evaluation mode."""
-    total, count = 0.0, 0
+    total, count = 0, 0
     model.eval()
     for inputs, targets in batches:
         nats, n = parallel.loss(inputs, targets)
         total, count = total + nats, count + n
-    return total / count
+    return float((total / count).sum())
 
 
 def fit(
@@ -257,7 +257,7 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raise Diverged if the last update broke the weights, which else the next step's loss would show."""
         self.model.eval()
-        loss, _ = self.parallel.loss(*self.sampler.next())
+        (loss,), _ = self.parallel.loss(*self.sampler.next())
         if not math.isfinite(loss):
             raise self._diverged(self.progress.step, f"loss {loss} after the update")
 

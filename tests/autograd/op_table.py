@@ -439,6 +439,18 @@ def self_attentions(draw: Any) -> Case:
 
 
 @st.composite
+def multi_head_attentions(draw: Any) -> Case:
+    B, heads, n, m, d, d_v = (draw(st.integers(1, top)) for top in (2, 2, 3, 3, 2, 2))
+    kwargs: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        kwargs["key_lengths"] = draw(generators()).integers(0, m + 1, B)
+    if draw(st.integers(0, 3)) == 3:
+        kwargs["keep"] = Input(dropped(draw(generators()), (B, heads, n, m)))
+    operands = [(B, n, heads * d), (B, m, heads * d), (B, m, heads * d_v)]
+    return Case([draw(inputs(shape)) for shape in operands], (heads,), kwargs)
+
+
+@st.composite
 def turns(draw: Any) -> Case:
     """rotary: heads side by side, and any two tables, which need not be a cosine and a sine."""
     leading = draw(shapes())[:2]
@@ -552,9 +564,15 @@ def attention(
     return out
 
 
+def multi_head_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, **kwargs: Any
+) -> np.ndarray:
+    split = lambda x: np.stack(np.split(x, heads, -1), 1)  # (B, H, T, d)
+    return np.concatenate(list(attention(split(q), split(k), split(v), **kwargs).swapaxes(0, 1)), -1)
+
+
 def self_attention(qkv: np.ndarray, heads: int, **kwargs: Any) -> np.ndarray:
-    q, k, v = (np.stack(np.split(x, heads, -1), 1) for x in np.split(qkv, 3, -1))  # (B, H, T, d)
-    return np.concatenate(list(attention(q, k, v, **kwargs).swapaxes(0, 1)), -1)
+    return multi_head_attention(*np.split(qkv, 3, -1), heads, **kwargs)
 
 
 def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -660,6 +678,7 @@ FUSED: dict[str, Row] = {
         classified(head=True), numpy=lambda x, w, *a, **kw: cross_entropy(x @ w.T, *a, **kw)
     ),
     "log_softmax": Row(one(args=filled_axis, min_dims=1), numpy=lambda x, axis: np.log(softmax(x, axis))),
+    "multi_head_attention": Row(multi_head_attentions(), numpy=multi_head_attention),
     "rms_norm": Row(normalized(nonzero, 1), numpy=rms_norm),
     "rotary": Row(turns(), numpy=rotary),
     "rotary_attention": Row(rotary_attentions(), numpy=rotary_attention),

@@ -56,6 +56,11 @@ def attention(q, k, v, causal=False, window=None, key_lengths=None, scale=None, 
     return (p * keep) @ v
 
 
+def multi_head_attention(q, k, v, heads, causal=False, key_lengths=None, keep=1.0):
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    return attention(q, k, v, causal, None, key_lengths, keep=keep).transpose(1, 2).flatten(2)
+
+
 def self_attention(qkv, heads, causal=False, window=None, keep=1.0):
     B, T, width = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -64,7 +69,8 @@ def self_attention(qkv, heads, causal=False, window=None, keep=1.0):
 
 def rotary(x, cos, sin):
     """Points as complex numbers, turned by one product."""
-    heads = x.reshape(*x.shape[:-1], -1, 2, cos.shape[1])  # (..., T, H, 2, d/2)
+    half = cos.shape[1]
+    heads = x.reshape(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half)  # (..., T, H, 2, d/2)
     z = torch.complex(heads[..., 0, :], heads[..., 1, :]) * torch.complex(cos, sin)[:, None]
     return torch.stack([z.real, z.imag], -2).reshape(x.shape)
 
@@ -138,6 +144,7 @@ THEIRS = {
     "layer_norm": layer_norm,
     "linear": functional.linear,
     "linear_cross_entropy": lambda x, w, *args, **kwargs: cross_entropy(x @ w.T, *args, **kwargs),
+    "multi_head_attention": multi_head_attention,
     "rms_norm": rms_norm,
     "rotary": rotary,
     "rotary_attention": rotary_attention,

@@ -192,9 +192,24 @@ def test_arguments_that_do_not_fit_are_named(fused):
             pick("linear")(x, Tensor(np.ones(weight)), None if bias is None else Tensor(np.ones(bias)))
     with pytest.raises(ValueError, match=r"self_attention: qkv \(2, 3, 4\)"):
         pick("self_attention")(x, 2)
+    for heads, shapes in ((3, [(2, 3, 4)] * 3), (2, [(2, 3, 4), (2, 5, 4), (2, 6, 4)]), (2, [(3, 4)] * 3)):
+        with pytest.raises(ValueError, match=f"multi_head_attention: q .* {heads} heads"):
+            pick("multi_head_attention")(*(Tensor(np.ones(shape)) for shape in shapes), heads)
     for causal, window in ((True, 0), (False, 2)):
         with pytest.raises(ValueError, match=f"attention: window={window}"):
             pick("self_attention")(Tensor(np.ones((2, 3, 6))), 2, causal, window)
+
+
+def test_attention_weights_are_what_attention_weighs_the_values_with():
+    """Shown by values that are the unit vectors. A query that sees nothing has no weights."""
+    rng = np.random.default_rng(0)
+    q, k = Tensor(rng.normal(size=(2, 4, 3, 5))), Tensor(rng.normal(size=(2, 2, 6, 5)))
+    v = Tensor(np.broadcast_to(np.eye(6), (2, 2, 6, 6)).copy())
+    for settings_ in ({}, {"causal": True, "window": 2}, {"key_lengths": np.array([0, 4]), "scale": 0.7}):
+        p = functional.attention_weights(q, k, **settings_).numpy()  # (B, H, n, m)
+        np.testing.assert_allclose(p, functional.attention(q, k, v, **settings_).numpy(), rtol=0, atol=1e-15)
+        seen = np.array([1.0, 1.0]) if "scale" not in settings_ else np.array([0.0, 1.0])
+        np.testing.assert_allclose(p.sum(-1), np.broadcast_to(seen[:, None, None], (2, 4, 3)), rtol=1e-14)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from autograd import is_recording
 from tinyllm.parallel import DataParallel
+from tinyllm.training import mean_loss
 
 from .test_gpt2 import TINY, scrambled, tokens
 
@@ -79,9 +80,52 @@ def test_loss_alone():
     model, (inputs, targets) = scrambled(dtype=np.float64), a_batch("some ignored")
     expected = model.loss(inputs, targets, reduction="sum").item()
     with DataParallel(model, 3) as parallel:
-        total, count = parallel.loss(inputs, targets)
+        (total,), (count,) = parallel.loss(inputs, targets)
     assert total == pytest.approx(expected, rel=1e-12) and count == (targets != -100).sum() == 60 - 12 - 9 - 6
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Two:
+    """A model with two inputs and two losses: of the tokens, and of other tokens in reverse order.
+
+    Each loss has targets of its own; what counts is the sum of both means.
+    """
+
+    def __init__(self, inner):
+        self.inner, self.parameters = inner, inner.parameters
+        self.train, self.eval = inner.train, inner.eval
+
+    def loss(self, inputs, targets, reduction):
+        ids, others = inputs
+        return tuple(
+            self.inner.loss(part, wanted, reduction) for part, wanted in zip((ids, others[:, ::-1]), targets)
+        )
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_several_inputs_and_losses(shards):
+    inner = scrambled(dtype=np.float64).train()
+    (ids, targets), (others, less) = a_batch("full"), a_batch("some ignored")
+    loss = inner.loss(ids, targets) + inner.loss(others[:, ::-1], less)
+    loss.backward()
+    expected = loss.item(), {name: p.grad.numpy().copy() for name, p in inner.named_parameters()}
+    for parameter in inner.parameters():
+        parameter.grad = None
+    with DataParallel(Two(inner), shards) as parallel:
+        found = parallel.gradients((ids, others), (targets, less), seed=(0,))
+        sums, counts = parallel.loss((ids, others), (targets, less))
+        mean = mean_loss(
+            inner,
+            parallel,
+            [
+                ((ids[:2], others[:2]), (targets[:2], less[:2])),
+                ((ids[2:], others[2:]), (targets[2:], less[2:])),
+            ],
+        )
+    assert_close((found, {name: p.grad.numpy() for name, p in inner.named_parameters()}), expected)
+    assert counts.tolist() == [(targets != -100).sum(), (less != -100).sum()] and counts[0] > counts[1]
+    assert (sums / counts).sum() == pytest.approx(expected[0], rel=1e-12)
+    assert mean == pytest.approx(expected[0], rel=1e-12)  # not the mean of the means
 
 
 def test_frozen_parameters_are_left_alone():
