@@ -26,7 +26,7 @@ from tqdm import tqdm
 import autograd.functional as F
 import tinyllm
 from autograd.backend import device_module
-from tinyllm import checkpoints, cli, corpus
+from tinyllm import checkpoints, cli, token_file
 from tinyllm.errors import InputError
 from tinyllm.models import GPT2, GPT2Config
 from tinyllm.tokenizers import Tokenizer, check_fit, gpt2_tokenizer, load_tokenizer
@@ -148,9 +148,9 @@ def started(args: argparse.Namespace) -> Trainer:
         tokenizer = new_tokenizer(args.data, preset)
         config = replace(preset.config, vocab_size=tokenizer.vocabulary_size, n_positions=recipe.context)
         model = GPT2(config, seed=recipe.seed)
-    tokens = corpus.tokenize(args.data, tokenizer, args.out)
+    tokens = token_file.tokenize(args.data, tokenizer, args.out)
     options = {name: remembered(args, name) or default for name, default in REMEMBERED.items()}
-    options["corpus"] = corpus.fingerprint(tokens)
+    options["corpus"] = token_file.fingerprint(tokens)
     return make_trainer(args, model, tokenizer, tokens, recipe, options)
 
 
@@ -175,7 +175,7 @@ def resumed(args: argparse.Namespace, folder: Path) -> Trainer:
     model, tokenizer = tinyllm.from_pretrained(folder, options["dtype"]), load_tokenizer(folder)
     check_fit(model, tokenizer)
     data = Path(options["data"]) if options["data"] else None
-    tokens = corpus.restore(data, tokenizer, args.out, options.get("corpus"))
+    tokens = token_file.restore(data, tokenizer, args.out, options.get("corpus"))
     del options["recipe"]
     trainer = make_trainer(args, model, tokenizer, tokens, recipe, options)
     trainer.resume(folder)
@@ -192,7 +192,7 @@ def make_trainer(
     options: dict[str, Any],
 ) -> Trainer:
     model.to(args.device, options["dtype"])
-    train, validation = corpus.cut(tokens, recipe.context)
+    train, validation = token_file.cut(tokens, recipe.context)
     layers, width = model.config.n_layer, model.config.n_embd
     print(f"corpus: {len(train):,} tokens to train on, {len(validation):,} to validate")
     print(f"model:  GPT-2 with {model.parameter_count():,} parameters, {layers} layers of width {width}")
@@ -206,7 +206,7 @@ def new_tokenizer(data: Path | None, preset: Preset) -> Tokenizer:
     if preset.vocabulary is None:
         return gpt2_tokenizer()
     progress = lambda merges: tqdm(merges, desc="learning byte pairs", leave=False, disable=None)
-    return corpus.train_tokenizer(data, preset.vocabulary, progress)
+    return token_file.train_tokenizer(data, preset.vocabulary, progress)
 
 
 def memory_sum(config: GPT2Config, recipe: Recipe, itemsize: int, device: str) -> str:

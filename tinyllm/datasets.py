@@ -1,4 +1,4 @@
-"""From files to batches: text, documents, token files too large for memory, and windows of tokens.
+"""From files to batches: text, documents, and windows of tokens.
 
 A causal model learns from every position at once: the inputs t[i], ..., t[i + T - 1] have the targets
 t[i + 1], ..., t[i + T], with T the context.
@@ -21,8 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllm.errors import InputError
-from tinyllm.files import write_files
-from tinyllm.tokenizers import Tokenizer, text_pieces
+from tinyllm.tokenizers import Tokenizer
 
 IGNORE = -100  # a target that does not count; cross_entropy's ignore_index
 CHUNK = 1 << 20  # bytes read at a time
@@ -30,13 +29,13 @@ Batch = tuple[np.ndarray, np.ndarray]  # inputs, targets: (batch, context) int64
 
 
 def default_corpus() -> str:
-    """The prose of `help("topics")`, which comes with every Python: about 450,000 characters of English.
+    """documents("prose") as one text: 360,000 characters of English, a blank line between documents.
 
-    Topics in alphabetical order, a blank line between; without the rows of signs that underline headings and
-    rule tables. The topics quote each other: about a tenth of the last tenth stands word for word in the
-    rest, so the loss on a validation split is slightly too good. Raises InputError where Python lacks them.
+    Those for validation, by `split_documents`, stand last, and are its last tenth. Raises InputError where
+    this Python lacks them.
     """
-    return "\n\n".join(_topics().values()) + "\n"
+    train, validation = split_documents(documents("prose"))
+    return "\n\n".join(document.text for document in train + validation) + "\n"
 
 
 def _topics() -> dict[str, str]:
@@ -267,52 +266,6 @@ def split(text: str, validation_fraction: float = 0.1) -> tuple[str, str]:
 def _check_fraction(fraction: float) -> None:
     if not 0 <= fraction < 1:
         raise InputError(f"a validation fraction of {fraction} is not in [0, 1); use 0.1 or so")
-
-
-def write_tokens(tokenizer: Tokenizer, text: str | Iterable[str], path: str | Path) -> int:
-    """Write the tokens of a text, or of a stream of its parts, as a .npy file of uint16 or uint32.
-
-    Needs memory for one piece of text only. Returns the number of tokens. The file appears when it is whole.
-    """
-    dtype = np.dtype("<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4")
-    count = 0
-
-    def write(part: Path) -> None:
-        nonlocal count
-        with open(part, "wb") as file:
-            _write_header(file, dtype, 0)
-            start = file.tell()
-            for piece in text_pieces(text):
-                tokens = np.array(tokenizer.encode(piece), dtype)
-                file.write(tokens.tobytes())
-                count += len(tokens)
-            if count == 0:
-                raise InputError(f"no text, so no tokens for {path}; give a text that is not empty")
-            file.seek(0)
-            _write_header(file, dtype, count)
-            assert file.tell() == start  # NumPy leaves room in the header for the first axis to grow
-
-    write_files(Path(path).parent, {Path(path).name: write})
-    return count
-
-
-def _write_header(file, dtype: np.dtype, count: int) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def open_tokens(path: str | Path) -> np.memmap:
-    """The tokens of a file of `write_tokens`, (N,), left on the disk until they are used.
-
-    Raises InputError for a file that is missing, cut short or not made by `write_tokens`.
-    """
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"cannot read tokens from {path} ({error}); write them again") from error
-    if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise InputError(f"{path} holds no row of uint16 or uint32 tokens; write them again")
-    return tokens
 
 
 class Sampler:

@@ -44,7 +44,7 @@ def test_the_encoding_is_learned_from_the_training_side_alone(monkeypatch):
     progress = lambda merges: seen.append(merges) or iter(merges)
     assert load(None, 300, progress=progress).tokenizer.ranks == train_bpe(text, 300).ranks
     assert seen == [range(256, 299)]
-    monkeypatch.setattr(corpus, "_BPE_CHARACTERS", 1000)
+    monkeypatch.setattr(corpus, "BPE_CHARACTERS", 1000)
     assert load(None, 300).tokenizer.ranks == train_bpe(text[:1000], 300).ranks
 
 
