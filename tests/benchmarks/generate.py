@@ -1,15 +1,16 @@
 """Cached generation beside PyTorch's: `python -m tests.benchmarks.generate --model llama`.
 
 The shapes: GPT-2 of 124M parameters, and a LLaMA of 134M, as wide and as deep, with a vocabulary of 32,000.
-Greedy, one sequence, float32, all cores, random weights. Ours is model.generate as users call it; PyTorch is
-a loop written by hand over preallocated caches, under inference_mode, and, where it is installed,
-transformers' own generate.
+Greedy, one sequence, float32, all cores. Ours and transformers read the same folder of random weights, and
+each is its own generate as users call it; PyTorch is a loop written by hand over preallocated caches, under
+inference_mode.
 """
 
 import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -24,30 +25,36 @@ def prompt(model: str) -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCABULARY[model], (1, 32))
 
 
-def timed(generate, tokens: int) -> dict[str, float]:
-    generate(4)
-    runs = []
-    for _ in range(3):
-        started = time.perf_counter()
-        generate(tokens)
-        runs.append(time.perf_counter() - started)
-    seconds = statistics.median(runs)
-    return {"tokens/s": tokens / seconds, "peak": harness.peak_megabytes()}
-
-
-def ours(name: str, tokens: int) -> dict[str, float]:
+def save_model(name: str, folder: str) -> None:
+    """Random weights, in the published format."""
     from tinyllm.models import GPT2, GPT2Config, LLaMA, LLaMAConfig
 
     if name == "llama":
         config = LLaMAConfig(32000, WIDTH, INNER, LAYERS, HEADS, max_position_embeddings=CONTEXT)
-        model = LLaMA(config)
+        LLaMA(config).save_pretrained(folder)
     else:
-        model = GPT2(GPT2Config())
-    ids = prompt(name)
+        GPT2(GPT2Config()).save_pretrained(folder)
+
+
+def timed(generate, tokens: int) -> dict:
+    generate(4)
+    runs = []
+    for _ in range(3):
+        started = time.perf_counter()
+        ids = generate(tokens)
+        runs.append(time.perf_counter() - started)
+    seconds = statistics.median(runs)
+    return {"tokens/s": tokens / seconds, "peak": harness.peak_megabytes(), "text": np.asarray(ids).tolist()}
+
+
+def ours(name: str, tokens: int, folder: str) -> dict:
+    import tinyllm
+
+    model, ids = tinyllm.from_pretrained(folder), prompt(name)
     return timed(lambda n: model.generate(ids, n, temperature=0), tokens)
 
 
-def pytorch(name: str, tokens: int) -> dict[str, float]:
+def pytorch(name: str, tokens: int, folder: str) -> dict:
     import torch
 
     from tests.benchmarks.torch_gpt2 import TorchGPT2
@@ -59,7 +66,7 @@ def pytorch(name: str, tokens: int) -> dict[str, float]:
         model = TorchGPT2(50257, CONTEXT, WIDTH, LAYERS, HEADS)
 
     @torch.inference_mode()
-    def generate(n: int) -> None:
+    def generate(n: int) -> torch.Tensor:
         ids = torch.from_numpy(prompt(name))
         room = (1, HEADS, 32 + n, WIDTH // HEADS)
         caches = [(torch.empty(room), torch.empty(room)) for _ in range(LAYERS)]
@@ -69,26 +76,16 @@ def pytorch(name: str, tokens: int) -> dict[str, float]:
             seen += new.shape[1]
             new = logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, new], dim=1)
+        return ids
 
     return timed(generate, tokens)
 
 
-def transformers(name: str, tokens: int) -> dict[str, float]:
+def transformers(name: str, tokens: int, folder: str) -> dict:
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if name == "llama":
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=CONTEXT,
-        )
-        model = LlamaForCausalLM(config).eval()
-    else:
-        model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.from_numpy(prompt(name))
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings["attention_mask"] = torch.ones_like(ids)
@@ -103,13 +100,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=["ours", "pytorch", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(globals()[args.child](args.model, args.tokens)))
+        print(json.dumps(globals()[args.child](args.model, args.tokens, args.folder)))
         return
-    options = ["--model", args.model, "--tokens", str(args.tokens)]
-    kinds = {kind: ([kind, *options], {}) for kind in ("ours", "pytorch", "transformers")}
-    results = harness.rounds("tests.benchmarks.generate", kinds, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(args.model, folder)
+        options = ["--model", args.model, "--tokens", str(args.tokens), "--folder", folder]
+        kinds = {kind: ([kind, *options], {}) for kind in ("ours", "pytorch", "transformers")}
+        results = harness.rounds("tests.benchmarks.generate", kinds, args.rounds)
     print(
         f"{os.cpu_count()} cores, NumPy {np.__version__}; "
         f"{args.model}, {args.tokens} tokens, medians of {args.rounds} rounds"
@@ -118,6 +118,8 @@ def main() -> None:
         times = "" if kind == "ours" else f"ours is {harness.ratio(results['ours'], runs, 'tokens/s'):.2f}x"
         speed, peak = (harness.median(runs, key) for key in ("tokens/s", "peak"))
         print(f"  {kind:14} {speed:6.1f} tokens/s {peak:6,.0f} MB  {times}")
+    texts = [results[kind][0]["text"] for kind in ("ours", "transformers")]
+    print(f"  ours and transformers wrote {'the same text' if texts[0] == texts[1] else 'different texts'}")
 
 
 if __name__ == "__main__":

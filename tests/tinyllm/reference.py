@@ -82,10 +82,12 @@ def assert_same_logits(
     return found
 
 
-def assert_same_hidden_states(theirs: Any, ours: Any, ids: np.ndarray, tolerance: float) -> None:
+def assert_same_hidden_states(
+    theirs: Any, ours: Any, ids: np.ndarray, tolerance: float = 5e-5, **options: Any
+) -> None:
     """What the head reads."""
     with torch.no_grad():
-        expected = theirs.base_model(torch.from_numpy(ids)).last_hidden_state.numpy()
+        expected = theirs.base_model(torch.from_numpy(ids), **options).last_hidden_state.numpy()
     with no_grad():
         found = ours.hidden_states(ids).numpy()
     assert found.dtype == expected.dtype
@@ -103,6 +105,19 @@ def greedy(theirs: Any, ids: np.ndarray, new: int) -> np.ndarray:
             pad_token_id=0,
         )
     return text.numpy()
+
+
+def assert_same_text_of_prompts_of_different_lengths(theirs: Any, ours: Any, new: int) -> None:
+    """Greedy. They fill short prompts up at the left, with zeros that are masked; ours never see any."""
+    ids = random_ids(3, 9)
+    lengths = [9, 2, 5]
+    mask = torch.from_numpy(np.arange(9)[::-1] < np.array(lengths)[:, None]).long()
+    options = {"attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        expected = theirs.generate(torch.from_numpy(ids) * mask, **options).numpy()
+    found = ours.generate([row[9 - n :] for row, n in zip(ids, lengths)], new, temperature=0)
+    for row, n, text in zip(found, lengths, expected):
+        assert np.array_equal(row[: n + new], text[9 - n :]) and (row[n + new :] == -1).all()
 
 
 # Gradients

@@ -11,7 +11,9 @@ from tinyllm.models import GPT2, GPT2Config
 from .reference import (
     VOCABULARY,
     assert_same_gradients,
+    assert_same_hidden_states,
     assert_same_logits,
+    assert_same_text_of_prompts_of_different_lengths,
     assert_shards_are_read,
     blocks_transposed,
     converted,
@@ -59,11 +61,12 @@ def test_logits(pair, length):
     assert found.dtype == np.float32 and np.abs(found).max() > 1
 
 
-def test_logits_in_float64(pair):
+def test_logits_and_hidden_states_in_float64(pair):
     """Where rounding hides nothing: another formula, or another epsilon, would show."""
     theirs, _, folder = pair
     theirs, ours = converted(theirs, np.float64), GPT2.from_pretrained(folder, np.float64)
     assert_same_logits(theirs, ours, random_ids(2, 70), 1e-11)
+    assert_same_hidden_states(theirs, ours, random_ids(2, 70), 1e-11)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-12)])
@@ -125,6 +128,11 @@ def test_greedy_text(pair):
     ids = random_ids(2, 6)
     found = ours.generate(ids, 64, temperature=0)
     assert np.array_equal(found, greedy(theirs, ids, 64)) and found.shape == (2, 70)
+
+
+def test_text_of_prompts_of_different_lengths(pair):
+    theirs, ours, _ = pair
+    assert_same_text_of_prompts_of_different_lengths(theirs, ours, 40)
 
 
 @pytest.mark.parametrize(

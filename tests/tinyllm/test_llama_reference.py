@@ -18,6 +18,7 @@ from .reference import (
     assert_same_gradients,
     assert_same_hidden_states,
     assert_same_logits,
+    assert_same_text_of_prompts_of_different_lengths,
     assert_shards_are_read,
     converted,
     gradients_of_same_loss,
@@ -83,7 +84,7 @@ def test_logits(pair, length):
 
 def test_hidden_states(pair):
     theirs, ours, _ = pair
-    assert_same_hidden_states(theirs, ours, random_ids(2, LENGTH), 5e-5)
+    assert_same_hidden_states(theirs, ours, random_ids(2, LENGTH))
 
 
 def test_logits_in_float64(pair, monkeypatch):
@@ -112,6 +113,11 @@ def test_greedy_text(pair):
     ids = random_ids(2, 6)
     found = ours.generate(ids, LENGTH - 6, temperature=0)
     assert np.array_equal(found, greedy(theirs, ids, LENGTH - 6)) and found.shape == (2, LENGTH)
+
+
+def test_text_of_prompts_of_different_lengths(pair):
+    theirs, ours, _ = pair
+    assert_same_text_of_prompts_of_different_lengths(theirs, ours, 40)
 
 
 # Angles

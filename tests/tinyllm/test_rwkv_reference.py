@@ -13,6 +13,7 @@ from tinyllm.models import RWKV, RWKVConfig
 from .reference import (
     VOCABULARY,
     assert_same_gradients,
+    assert_same_hidden_states,
     assert_same_logits,
     assert_shards_are_read,
     converted,
@@ -84,13 +85,14 @@ def test_logits(pair, length):
         assert found.dtype == np.float32 and np.abs(found).max() > 1
 
 
-def test_logits_in_float64(pair, folder, name, in_float64):
+def test_logits_and_hidden_states_in_float64(pair, folder, name, in_float64):
     """Where rounding hides nothing: another formula, or another epsilon, would show."""
     theirs, ids = pair[0].double(), random_ids(2, 70)
     ours, found = RWKV.from_pretrained(folder, np.float64), {}
     for training in (False, True):
         models = theirs.train(training), ours.train(training)
         found[training] = assert_same_logits(*models, ids, 1e-11, **UNCACHED)
+        assert_same_hidden_states(*models, ids, 1e-11, **UNCACHED)
     # The halving shows in the epsilon of the norms alone, and so little that float32 could hide it.
     difference = np.abs(found[True] - found[False]).max()
     assert difference > 1e-9 if CONFIGS[name].get("rescale_every", 2) > 0 else difference == 0
