@@ -175,7 +175,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.
 
 
 # Fine-tuning. An example is one or more sequences of tokens, all that a task needs to be put in words.
-Example = list[list[int]]
+Sequences = list[list[int]]
 
 
 class SpecialTokens(NamedTuple):
@@ -189,26 +189,26 @@ class SpecialTokens(NamedTuple):
     delimiter: int
     extract: int
 
-    def classification(self, text: Sequence[int]) -> Example:
+    def classification(self, text: Sequence[int]) -> Sequences:
         """start text extract"""
         return [[self.start, *text, self.extract]]
 
-    def entailment(self, premise: Sequence[int], hypothesis: Sequence[int]) -> Example:
+    def entailment(self, premise: Sequence[int], hypothesis: Sequence[int]) -> Sequences:
         """start premise delimiter hypothesis extract"""
         return [[self.start, *premise, self.delimiter, *hypothesis, self.extract]]
 
-    def similarity(self, first: Sequence[int], second: Sequence[int]) -> Example:
+    def similarity(self, first: Sequence[int], second: Sequence[int]) -> Sequences:
         """Neither text comes first by nature: both orders, as two sequences."""
         return self.entailment(first, second) + self.entailment(second, first)
 
-    def multiple_choice(self, context: Sequence[int], answers: Sequence[Sequence[int]]) -> Example:
+    def multiple_choice(self, context: Sequence[int], answers: Sequence[Sequence[int]]) -> Sequences:
         """start context delimiter answer extract, a sequence for each answer.
 
         For questions about a document the context is the document followed by the question.
         """
         return [sequence for answer in answers for sequence in self.entailment(context, answer)]
 
-    def batch(self, examples: Sequence[Example]) -> np.ndarray:
+    def batch(self, examples: Sequence[Sequences]) -> np.ndarray:
         """(B, S, T) ids: B examples of S sequences each. What follows a sequence's extract is padding.
 
         Raises:
