@@ -7,29 +7,29 @@ it has seen. Then it begins to look up, and the accuracy rises to what the promp
 in the evaluation: codes of eight letters never seen in training, K of them shown, one asked for. With K = 4
 half the questions have no answer in the prompt.
 
-Without arguments: two minutes on 2 cores. It prints the accuracy at K = 0, 1, 2, 4 and 8 shots, and draws
-it in runs/gpt3/gpt3.png, also as it changes in training. It ends at 0.07,
-0.18, 0.29, 0.54 and 1.00, about what a perfect reader gets. When the step up comes depends on the seed.
+The band of the second layer is two positions wide: a letter and the one before it, which is what an answer
+must know. The dense third layer then finds it.
+
+Without arguments: under two minutes on 2 cores; it makes its data itself. It prints the accuracy at K = 0,
+1, 2, 4 and 8 shots, and draws it in runs/gpt3/gpt3.png, also as it changes in training. It ends at 0.07,
+0.18, 0.28, 0.54 and 1.00, about what a perfect reader gets. When the step up comes depends on the seed.
 
     python examples/gpt3.py
-    python examples/gpt3.py --seed 1 --steps 8000 --out runs/gpt3-seed-1
+    python examples/gpt3.py --seed 1 --out runs/gpt3-seed-1
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from autograd.backend import device_module
 from tinyllm import cli, plots
 from tinyllm.datasets import Batch
-from tinyllm.evaluation import Example, Question, choose, few_shot
-from tinyllm.files import disk_errors
+from tinyllm.evaluation import Example, Question, choose, complete, few_shot
 from tinyllm.models import GPT3, GPT3Config
 from tinyllm.tokenizers import CharacterTokenizer
 from tinyllm.training import Recipe, fit
@@ -37,15 +37,13 @@ from tinyllm.training import Recipe, fit
 LETTERS, KEYS, PAIRS, BATCH = "abcdefghijklmnop", 8, 16, 32
 SHOTS = [0, 1, 2, 4, 8]
 CONTEXT = 3 * PAIRS  # a pair and its comma
-CONFIG = GPT3Config(
-    n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4, window_size=CONTEXT, initializer_range=0.1
-)
+CONFIG = GPT3Config(n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=4, window_size=2, initializer_range=0.1)
 TOKENIZER = CharacterTokenizer(LETTERS + ",")
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    cli.options(parser, out="runs/gpt3", steps=5000, data=False)
+    cli.options(parser, out="runs/gpt3", steps=4000, data=False)
     parser.add_argument(
         "--questions", type=cli.number(), default=400, help="for each number of shots (default: 400)"
     )
@@ -100,9 +98,7 @@ def accuracies(model: GPT3, quizzes: dict[int, Quiz]) -> dict[int, np.ndarray]:
 
 def main() -> None:
     args = arguments()
-    device_module(args.device)  # complains before any work if there is no GPU
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.start(args)
     config = GPT3Config(**{**vars(CONFIG), "vocab_size": TOKENIZER.vocabulary_size})
     model = GPT3(config, seed=args.seed).to(args.device)
     quizzes = {shots: quiz(shots, args.questions, args.seed) for shots in SHOTS}
@@ -113,8 +109,7 @@ def main() -> None:
         history.append({shots: float(right.mean()) for shots, right in found.items()})
         return [texts(np.random.default_rng([args.seed, 2]), 256)]
 
-    shards = 1 if args.device == "cuda" else min(os.cpu_count() or 1, 4)
-    recipe = Recipe(args.steps, BATCH, CONTEXT, lr=3e-3, warmup=100, seed=args.seed, shards=shards)
+    recipe = Recipe(args.steps, BATCH, CONTEXT, lr=3e-3, warmup=100, seed=args.seed, shards=2)
     print(f"a GPT-3 of {model.parameter_count():,} parameters, {args.steps:,} steps of {BATCH} texts such as")
     print("  " + TOKENIZER.decode(texts(np.random.default_rng(args.seed), 1)[0][0]))
     batch = lambda step: texts(np.random.default_rng([args.seed, 0, step]), BATCH)
@@ -127,6 +122,9 @@ def main() -> None:
     for shots, (_, shown) in quizzes.items():
         where = f"{right[shots][shown].mean():18.2f}" if shown.any() else ""
         print(f"  {shots:5}  {right[shots].mean():6.2f}  {shown.mean():21.2f}  {where}")
+    context = quizzes[SHOTS[-1]].questions[0].context
+    written = complete(model, context, max_new_tokens=4, stop=TOKENIZER.encode(","))
+    print(f"\nasked for text instead, it goes on: {TOKENIZER.decode(context)} -> {TOKENIZER.decode(written)}")
     draw(args.out / "gpt3.png", steps, history, quizzes)
     print(f"\nthe picture is {args.out / 'gpt3.png'}")
 

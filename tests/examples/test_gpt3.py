@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tinyllm.tokenizers import CharacterTokenizer
+
 from .helpers import refused
 
 
@@ -55,6 +57,23 @@ def test_what_it_prints(gpt3, tmp_path):
     assert [int(shots) for shots, *_ in rows] == [0, 1, 2, 4, 8]
     assert rows[0][2:] == ("0.00", "") and rows[4][2] == "1.00" and rows[4][1] == rows[4][3]
     assert (tmp_path / "gpt3.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"it goes on: (\w\w,){8}\w -> .*$", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_learning_in_context_emerges(gpt3, module, monkeypatch, tmp_path):
+    """With codes of four of eight letters. Of two pairs shown, one who cannot look up takes the wrong half of
+    the time, and one who answers with any letter is right once in eight."""
+    for name, value in {"LETTERS": "abcdefgh", "KEYS": 4, "PAIRS": 8, "CONTEXT": 24, "SHOTS": [0, 2]}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "TOKENIZER", CharacterTokenizer(module.LETTERS + ","))
+    monkeypatch.setattr(module, "CONFIG", replace(module.CONFIG, n_positions=24, n_embd=48, n_head=4))
+    found = {}
+    for steps in (1, 900):
+        code, out, err = gpt3("--steps", steps, "--seed", 1, "--out", tmp_path)
+        assert code == 0, err
+        found[steps] = float(re.search(r"^ +2 .* (\d\.\d\d)$", out, re.MULTILINE)[1])
+    assert found[1] < 0.4 and found[900] > 0.9
 
 
 def test_what_it_refuses(gpt3, tmp_path):
