@@ -79,9 +79,9 @@ SIZES = {
 def learning_rate(seen: int, peak: float, warmup: float = 375e6, total: float = 260e9) -> float:
     """The rate after `seen` tokens: up to the peak in a line, in a cosine down to a tenth of it, which stays.
 
-    Appendix B counts tokens where our `Recipe` counts steps; with batches of one size b the two agree, but for
-    one step of the warm-up, for Recipe(steps=total / b, warmup=warmup / b, lr=peak). Its other defaults are the appendix' too: Adam with
-    0.9, 0.95 and 1e-8, gradients clipped at a norm of 1, weight decay of 0.1.
+    Appendix B counts tokens where our `Recipe` counts steps; with batches of one size b the two agree, but
+    for one step of the warm-up, for Recipe(steps=total / b, warmup=warmup / b, lr=peak). Its other defaults
+    are the appendix' too: Adam with 0.9, 0.95 and 1e-8, gradients clipped at a norm of 1, weight decay 0.1.
     """
     return warmup_cosine(seen, peak, warmup, total, floor=0.1 * peak)
 
