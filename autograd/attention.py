@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
+from .flash import FlashAttend, why_not
 from .fused import fused
 from .primitives import broadcast_to, exp, logsumexp, matmul, reshape, swapaxes, transpose, where
 from .tensor import Tensor, is_recording
@@ -87,7 +88,7 @@ def attention(
     dv = P^T g,  dP = g v^T,  dS = P * (dP - rowsum(g * out)),  dq = dS k * scale,  dk = dS^T q * scale.
     """
     check_shapes(q, k, v, causal, window, key_lengths)
-    attend = _Attend(q, k, v, causal, window, key_lengths, scale, keep)
+    attend = attend_to(q, k, v, causal, window, key_lengths, scale, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
         xp = array_module(q)
@@ -139,7 +140,7 @@ def multi_head_attention(
     )  # (B, H, T, d)
     arrays = split(q), split(k), split(v)
     check_shapes(*arrays, causal, None, key_lengths)
-    attend = _Attend(*arrays, causal, None, key_lengths, None, keep)
+    attend = attend_to(*arrays, causal, None, key_lengths, None, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
         dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
@@ -182,7 +183,7 @@ def self_attention(
     split = _packed(qkv.shape, heads)
     q, k, v = qkv.reshape(split).transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
     check_shapes(q, k, v, causal, window, None)
-    attend = _Attend(q, k, v, causal, window, None, None, keep)
+    attend = attend_to(q, k, v, causal, window, None, None, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
         dqkv = array_module(qkv).empty(split, qkv.dtype)
@@ -198,6 +199,22 @@ def _packed(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
     if len(shape) != 3 or shape[2] % (3 * heads):
         raise ValueError(f"self_attention: qkv {shape} is not (batch, length, 3 * {heads} heads * d)")
     return (*shape[:2], 3, heads, shape[2] // (3 * heads))
+
+
+def attend_to(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool,
+    window: int | None,
+    key_lengths: Array | None,
+    scale: float | None,
+    keep: Array | None,
+) -> FlashAttend | _Attend:
+    """The forward pass on raw arrays, by the kernel of flash.py where that can: `.out`, then `.backward`."""
+    if why_not(q, k, v, scale, keep) is None:
+        return FlashAttend(q, k, v, causal, window, key_lengths, scale)
+    return _Attend(q, k, v, causal, window, key_lengths, scale, keep)
 
 
 class _Attend:

@@ -13,6 +13,7 @@ from . import attention as _attention
 from . import backend
 from .attention import attention_weights
 from .backend import Array, array_module
+from .flash import attention_path, use_flash
 from .fused import (
     cross_entropy,
     gelu,
@@ -34,10 +35,10 @@ from .tensor import Tensor
 from .wkv import wkv, wkv_state
 
 __all__ = [
-    "attention", "attention_weights", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "log_softmax", "manual_seed", "multi_head_attention", "relu", "rms_norm",
-    "rotary", "rotary_attention", "self_attention", "silu", "softmax", "swiglu", "use_fused", "wkv",
-    "wkv_state",
+    "attention", "attention_path", "attention_weights", "cross_entropy", "dropout", "embedding", "gelu",
+    "layer_norm", "linear", "linear_cross_entropy", "log_softmax", "manual_seed", "multi_head_attention",
+    "relu", "rms_norm", "rotary", "rotary_attention", "self_attention", "silu", "softmax", "swiglu",
+    "use_flash", "use_fused", "wkv", "wkv_state",
 ]  # fmt: skip
 
 _local = threading.local()

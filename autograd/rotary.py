@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import _Attend, attention_composed, check_shapes
+from .attention import attend_to, attention_composed, check_shapes
 from .backend import Array, array_module
 from .fused import fused
 from .primitives import concatenate, getitem, reshape, transpose
@@ -88,7 +88,7 @@ def rotary_attention(
     wide, narrow = (_tables(cos, sin, x.shape[-1] // d) for x in (q, k))
     arrays = heads(_turned(q, *wide)), heads(_turned(k, *narrow)), heads(v)
     check_shapes(*arrays, True, window, None)
-    attend = _Attend(*arrays, True, window, None, None, keep)
+    attend = attend_to(*arrays, True, window, None, None, keep)
 
     def gradients(g: Array, needed: Any) -> Any:
         dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))

@@ -21,9 +21,9 @@ ON_CUPY = {"autograd/backend.py"}
 # Below the floors nothing but NumPy; what each package adds to it. The optional ones are extras.
 THIRD_PARTY = {
     "kernels": {"numpy", "cupy"},
-    "autograd": {"numpy", "cupy", "cupyx"},
+    "autograd": {"numpy", "cupy", "cupyx", "ml_dtypes"},
     "tinyllm": {"numpy", "ml_dtypes", "safetensors", "tiktoken", "tokenizers", "tqdm", "matplotlib"}
-    | {"threadpoolctl", "huggingface_hub", "regex", "jinja2"},
+    | {"threadpoolctl", "huggingface_hub", "regex", "jinja2", "sacrebleu"},
     "examples": {"numpy", "tqdm", "matplotlib"},
 }
 # Models that are a published variation of another, or wrap any: there the subclass is the lesson.

@@ -1,0 +1,1 @@
+// Included by a kernel; everything stands in emulator.h already.
