@@ -3,7 +3,9 @@
 They exist for speed and memory only. Each is defined twice: `NAME_composed`, from primitives, is the
 specification; the fused function computes the same on raw arrays and returns (result, gradients).
 `gradients(g, needed)` gives a gradient for every argument, None for those not needed, in fresh arrays of its
-own: it may spend what the forward pass saved, for a graph is walked once. Second derivatives go through the
+own: it may spend what the forward pass saved, for a graph is walked once. An operation that is linear in each
+argument may give a tuple instead, a function g -> gradient for every argument: then nothing is kept that only
+a constant's gradient would read, such as the inputs of a frozen layer. Second derivatives go through the
 composition. `use_fused(False)` runs everything composed.
 """
 
@@ -65,9 +67,12 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
             data, backward = forward(*[a.data if isinstance(a, Tensor) else a for a in args], **kwargs)
             if not is_recording():
                 return Tensor(data)
+            held, count = list(args), len(args)
+            if isinstance(backward, tuple):
+                backward = _without_constants(backward, held)
 
             def gradients(g: Array, needed: Any) -> list[Array | None]:
-                wanted = [False] * len(args)
+                wanted = [False] * count
                 for i, need in zip(places, needed):
                     wanted[i] = need
                 found = backward(g, wanted)
@@ -75,11 +80,10 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
 
             def composition() -> tuple[Tensor, list[Tensor]]:
                 # In op(x, f(x)) the gradient for x must not run through f here: the walk outside does that.
-                inputs = [identity(t) for t in tensors]
-                again = list(args)
-                for i, t in zip(places, inputs):
-                    again[i] = t
-                return composed(*again, **kwargs), inputs
+                again = list(held)
+                for i in places:
+                    again[i] = identity(held[i])
+                return composed(*again, **kwargs), [again[i] for i in places]
 
             return fused_result(name, data, tensors, gradients, composition)
 
@@ -91,6 +95,21 @@ def fused(composed: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Cal
         return operation
 
     return decorate
+
+
+def _without_constants(functions: tuple[Callable[[Array], Array], ...], held: list[Any]) -> Any:
+    """gradients(g, needed) of the functions of arguments that need one, so that the others' arrays go free.
+
+    held: the arguments, from which the composition starts. An operation linear in each argument has, for the
+    only one with a gradient, the same gradient whatever its values: a zero that takes no memory replaces it.
+    """
+    learned = [i for i, a in enumerate(held) if isinstance(a, Tensor) and a.requires_grad]
+    kept = {i: functions[i] for i in learned}
+    if len(learned) == 1:
+        x = held[learned[0]].data
+        xp = array_module(x)
+        held[learned[0]] = Tensor(xp.broadcast_to(xp.zeros((), x.dtype), x.shape), requires_grad=True)
+    return lambda g, needed: [kept[i](g) if need else None for i, need in enumerate(needed)]
 
 
 def _rows(x: Array) -> Array:
@@ -133,20 +152,15 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Any:
     x (..., n), weight (m, n), bias (m) -> (..., m).
     """
     _check_linear(x, weight, bias)
-    rows = _rows(x)
+    shape, rows = x.shape, _rows(x)
     out = rows @ weight.T
     if bias is not None:
         out += bias
-
-    def gradients(g: Array, needed: Any) -> Any:
-        g = _rows(g)
-        return (
-            (g @ weight).reshape(x.shape) if needed[0] else None,
-            g.T @ rows if needed[1] else None,
-            _column_sums(g) if len(needed) > 2 and needed[2] else None,
-        )
-
-    return out.reshape(*x.shape[:-1], weight.shape[0]), gradients
+    return out.reshape(*shape[:-1], len(weight)), (
+        lambda g: (_rows(g) @ weight).reshape(shape),
+        lambda g: _rows(g).T @ rows,
+        lambda g: _column_sums(_rows(g)),
+    )
 
 
 def _check_linear(x: Any, weight: Any, bias: Any) -> None:

@@ -105,21 +105,23 @@ def sub(a: Any, b: Any) -> Tensor:
 def mul(a: Any, b: Any) -> Tensor:
     """out = a * b.   da = g * b,  db = g * a."""
     a, b = _pair("mul", a, b)
+    shape_a, shape_b = a.shape, b.shape
     return primitive(
         "mul",
         a.data * b.data,
-        (a, lambda g: unbroadcast(g * b, a.shape)),
-        (b, lambda g: unbroadcast(g * a, b.shape)),
+        (a, lambda g: unbroadcast(g * b, shape_a)),
+        (b, lambda g: unbroadcast(g * a, shape_b)),
     )
 
 
 def div(a: Any, b: Any) -> Tensor:
     """out = a / b.   da = g / b,  db = -g * a / b^2."""
     a, b = _pair("div", a, b)
+    shape_a = a.shape
     return primitive(
         "div",
         a.data / b.data,
-        (a, lambda g: unbroadcast(g / b, a.shape)),
+        (a, lambda g: unbroadcast(g / b, shape_a)),
         (b, lambda g: unbroadcast(-g * a / (b * b), b.shape)),
     )
 
@@ -419,11 +421,12 @@ def matmul(a: Any, b: Any) -> Tensor:
         np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except ValueError:
         raise ValueError(f"matmul: leading axes of {a.shape} and {b.shape} do not broadcast") from None
+    shape_a, shape_b = a.shape, b.shape
     return primitive(
         "matmul",
         array_module(a.data, b.data).matmul(a.data, b.data),
-        (a, lambda g: unbroadcast(matmul(g, swapaxes(b, -1, -2)), a.shape)),
-        (b, lambda g: unbroadcast(matmul(swapaxes(a, -1, -2), g), b.shape)),
+        (a, lambda g: unbroadcast(matmul(g, swapaxes(b, -1, -2)), shape_a)),
+        (b, lambda g: unbroadcast(matmul(swapaxes(a, -1, -2), g), shape_b)),
     )
 
 

@@ -98,6 +98,8 @@ class Node:
             return [gradient(g) if need else None for gradient, need in zip(self.gradients, needed)]
         if create_graph:  # a fused operation differentiates twice through its composition
             output, inputs = self.composition()
+            if not output.requires_grad:  # for these shapes it does without the inputs that need a gradient
+                return [None] * len(needed)
             wanted = [tensor for tensor, need in zip(inputs, needed) if need]
             found = iter(grad(output, wanted, g, create_graph=True))
             return [next(found) if need else None for need in needed]
@@ -237,7 +239,9 @@ def primitive(name: str, data: Array, *inputs: tuple[Tensor, Callable[[Tensor], 
     result = Tensor(data)
     if is_recording() and any(tensor.requires_grad for tensor, _ in inputs):
         result.requires_grad = True
-        result.node = Node(name, result.data, [t for t, _ in inputs], [gradient for _, gradient in inputs])
+        # A constant's gradient is never asked for, so what it alone would read is not kept.
+        gradients = [gradient if tensor.requires_grad else None for tensor, gradient in inputs]
+        result.node = Node(name, result.data, [tensor for tensor, _ in inputs], gradients)
     return result
 
 

@@ -36,13 +36,19 @@ class PretrainedModel(nn.Module):
         module, kind, layer = _without_layer(name)
         return self.published_prefix + self.published_names[module].format(layer) + "." + kind
 
-    def _is_transposed(self, name: str) -> bool:
+    def is_transposed(self, name: str) -> bool:
+        """Whether the file holds the parameter of that name as the transpose of ours."""
         module, kind, _ = _without_layer(name)
         return kind == "weight" and module in self.transposed
 
     def published_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the file gives to a parameter of ours with this shape."""
-        return shape[::-1] if self._is_transposed(name) else shape
+        return shape[::-1] if self.is_transposed(name) else shape
+
+    def as_published(self, name: str, array: np.ndarray) -> np.ndarray:
+        """An array of the parameter `name`, contiguous, as a view of the shape that the file gives to it."""
+        shape = self.published_shape(name, array.shape)
+        return array.T if self.is_transposed(name) else array.reshape(shape)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: Any = np.float32) -> Any:
@@ -73,9 +79,8 @@ class PretrainedModel(nn.Module):
             shapes[model.published_name(name)] = model.published_shape(name, parameter.shape)
         pretrained.match(weights, shapes, cls.ignored)
         for name, parameter in model.named_parameters():
-            published, array = model.published_name(name), np.empty(parameter.shape, dtype)
-            as_stored = array.T if model._is_transposed(name) else array.reshape(shapes[published])
-            weights.read(published, as_stored)
+            array = np.empty(parameter.shape, dtype)
+            weights.read(model.published_name(name), model.as_published(name, array))
             parameter.data = array
         model.check_published(weights)
         return model.eval()
@@ -97,12 +102,20 @@ class PretrainedModel(nn.Module):
         """Raise InputError if tensors that `ignored` lets pass contradict the model."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, from which transformers reads the same model."""
-        tensors = {}
-        for name, parameter in self.named_parameters():
-            array = to_host(parameter.data)
-            array = array.T if self._is_transposed(name) else array
-            tensors[self.published_name(name)] = array.reshape(self.published_shape(name, parameter.shape))
+        """Write config.json and model.safetensors, from which transformers reads the same model.
+
+        Raises:
+            InputError: the model has LoRA adapters that are not merged, for which the format has no place.
+        """
+        if any(name.endswith((".lora_A", ".lora_B")) for name in self.state_dict()):
+            raise InputError(
+                "the model has adapters, for which these files have no place: lora.merge(model) first, or "
+                "lora.save(model, folder) for the adapters alone"
+            )
+        tensors = {
+            self.published_name(name): self.as_published(name, to_host(parameter.data))
+            for name, parameter in self.named_parameters()
+        }
         config = {"model_type": self.model_type, **self.config.to_published(), "dtype": str(self.dtype)}
         pretrained.write_weights(folder, config, tensors)
 

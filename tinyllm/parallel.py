@@ -34,7 +34,7 @@ class DataParallel:
     def __init__(self, model: Any, shards: int | None = None) -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        on_gpu = backend.device_of(self.parameters[0].data) != "cpu"
+        on_gpu = backend.device_of(model.parameters()[0].data) != "cpu"
         self.shards = 1 if on_gpu else shards or os.cpu_count() or 1
         self._pool: ThreadPoolExecutor | None = None
         backend.keep_memory()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autograd import Tensor, functional, gradcheck, no_grad
+from autograd import Tensor, functional, grad, gradcheck, no_grad
 from autograd.fused import FUSED as OPERATIONS
 from autograd.tensor import RowsGradient
 
@@ -156,6 +158,59 @@ def test_only_needed_gradients(name, data):
     (y,) = run(row, OPERATIONS[name].fused, some, case, np)
     for g, h, need in zip(gradients([y], some, upstream, np), expected, needed):
         np.testing.assert_allclose(g, h if need else 0 * h, rtol=1e-12, atol=1e-13)
+
+
+@every
+@given(data=st.data())
+@settings(max_examples=10)
+def test_second_derivatives_with_constants(name, data):
+    """Through the composition, which holds no more of the constants and of the rest than it needs."""
+    row = FUSED[name]
+    case = data.draw(row.cases)
+    needed = data.draw(st.lists(st.booleans(), min_size=len(case.inputs), max_size=len(case.inputs)))
+    found = {}
+    for operation in (OPERATIONS[name].fused, OPERATIONS[name].composed):
+        some = [Tensor(t.data, requires_grad=need) for t, need in zip(case.tensors(), needed)]
+        learned = [t for t in some if t.requires_grad]
+        if not learned:
+            return
+        (y,) = run(row, operation, some, case, np)
+        weight = Tensor(upstream_of([y])[0], requires_grad=True)
+        if not y.requires_grad:  # such as wkv of one position, with a decay alone that learns
+            assert all(not g.data.any() for g in found[OPERATIONS[name].fused])
+            return
+        first = grad(y, learned, weight, create_graph=True)
+        total = sum((g * Tensor(u)).sum() for g, u in zip(first, upstream_of(first)))
+        found[operation] = [*first, *(grad(total, [weight, *learned]) if total.requires_grad else ())]
+    for g, h in zip(*found.values()):
+        np.testing.assert_allclose(g.data, h.data, rtol=1e-10, atol=1e-11)
+
+
+def test_second_derivatives_of_an_input_that_is_not_read():
+    """One position of wkv does without the decay."""
+    w, u, k, v = (Tensor(np.ones(shape)) for shape in ((2,), (2,), (1, 1, 2), (1, 1, 2)))
+    w.requires_grad = True
+    (dw,) = grad(functional.wkv(w, u, k, v).sum(), w, create_graph=True)
+    assert dw.shape == (2,) and not dw.data.any()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_linear_map_keeps_no_input(fused, frozen):
+    """An input is kept for the gradient of a weight that learns, and for nothing else."""
+    operation = OPERATIONS["linear"].fused if fused else OPERATIONS["linear"].composed
+    x, weight, bias = (
+        Tensor(np.ones(shape), requires_grad=learns)
+        for shape, learns in (((3, 4), True), ((5, 4), not frozen), (5, False))
+    )
+    middle = x * 2.0
+    reference = weakref.ref(middle.data)
+    result = operation(middle, weight, bias)
+    del middle
+    assert (reference() is None) == frozen
+    result.sum().backward()
+    assert np.array_equal(x.grad.data, np.full((3, 4), 10.0))
+    assert weight.grad is None if frozen else np.array_equal(weight.grad.data, np.full((5, 4), 6.0))
 
 
 @every

@@ -593,6 +593,17 @@ def test_a_linear_operation_keeps_no_operand(name):
     assert reference() is None and result.requires_grad
 
 
+@pytest.mark.parametrize("operation", [P.mul, P.div, P.matmul])
+def test_nothing_is_kept_for_the_gradient_of_a_constant(operation):
+    """The gradient of the left operand reads the right one only; of a constant no gradient is asked for."""
+    for constant in (True, False):
+        left, right = random_leaf(3, 3) * 2.0, Tensor(np.ones((3, 3)), requires_grad=not constant)
+        reference = weakref.ref(left.data)
+        result = operation(left, right)
+        del left
+        assert (reference() is None) == constant and result.requires_grad
+
+
 # An embedding table that also serves as the output head.
 
 
