@@ -8,6 +8,7 @@ The same text goes to both compilers, and each kernel is compiled when it is fir
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -135,6 +136,7 @@ class _CudaKernel:
         import cupy
 
         options = ["-std=c++17", *(f"-D{key}={value}" for key, value in module.defines.items())]
+        options += [f"-I{folder}" for folder in header_folders()]
         self._module = cupy.RawModule(code=module.source, options=tuple(options), name_expressions=(name,))
         try:
             self._function = self._module.get_function(name)
@@ -143,7 +145,7 @@ class _CudaKernel:
                 raise
             raise RuntimeError(
                 f"{module.path.name} needs CUDA's headers, and CuPy finds none: pip install "
-                "nvidia-cuda-runtime-cu12 (or -cu13, as your CuPy), or set CUDA_PATH to a CUDA toolkit"
+                "nvidia-cuda-runtime-cu12 (for CUDA 13: nvidia-cuda-runtime), or set CUDA_PATH to a toolkit"
             ) from None
 
     def __call__(self, grid: tuple, block: tuple, args: list, shared_bytes: int) -> None:
@@ -154,6 +156,15 @@ class _CudaKernel:
     @property
     def counts(self) -> Counts:
         raise AttributeError("a card does not count: use Module(..., backend='emulator', checked=True)")
+
+
+def header_folders() -> list[Path]:
+    """Where the wheels nvidia-cuda-runtime-cu12 and nvidia-cuda-runtime (13) put CUDA's headers; CuPy itself
+    finds those of a toolkit."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in spec.submodule_search_locations or ()] if spec else []
+    folders = [root / part / "include" for root in roots for part in ("cu13", "cuda_runtime")]
+    return [folder for folder in folders if (folder / "cuda_fp16.h").exists()]
 
 
 def _by_value(argument: Any) -> Any:

@@ -17,6 +17,7 @@ __all__ = ["InputError", "fetched", "from_pretrained", "models"]
 _MODELS = {
     cls.model_type: cls
     for cls in (
+        models.BERT,
         models.Bigram,
         models.GPT1,
         models.GPT2,
@@ -24,6 +25,7 @@ _MODELS = {
         models.LLaMA,
         models.Mistral,
         models.RWKV,
+        models.Transformer,
     )
 }
 
@@ -60,6 +62,7 @@ def fetched(name: str | Path) -> Path:
     try:
         files = ["config.json", "generation_config.json", "model*.safetensors*", "vocab.json", "merges.txt"]
         files += ["tokenizer*", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+        files += ["modules.json", "*/config.json", "*sentence*.json"]  # of sentence-transformers
         return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

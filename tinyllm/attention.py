@@ -68,15 +68,29 @@ class MultiHeadAttention(nn.Module):
             F.multi_head_attention(q, k, v, self.heads, causal=causal, key_lengths=lengths, dropout=dropout)
         )
 
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory (B, m, C) -> what a cache keeps of it, keys and values (B, H, m, d), for `attend`."""
+        return self._split(self.key(memory)), self._split(self.value(memory))
+
+    def attend(
+        self, x: Tensor, k: Tensor, v: Tensor, lengths: Array | None = None, causal: bool = False
+    ) -> Tensor:
+        """As `forward`, without dropout, where the memory's keys and values are at hand."""
+        out = F.attention(self._split(self.query(x)), k, v, causal=causal, key_lengths=lengths)
+        return self.projection(out.transpose(0, 2, 1, 3).reshape(x.shape))
+
     def weights(
         self, x: Tensor, memory: Tensor | None = None, lengths: Array | None = None, causal: bool = False
     ) -> Tensor:
         """How much each position of x reads from each of the memory, (B, H, n, m): rows that sum to 1."""
         memory = x if memory is None else memory
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)  # (B, H, T, d)
         with no_grad():
-            q, k = split(self.query(x)), split(self.key(memory))
+            q, k = self._split(self.query(x)), self._split(self.key(memory))
             return F.attention_weights(q, k, causal=causal, key_lengths=lengths)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, H, T, d)."""
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
 
 
 def lengths_of(attention_mask: Any, like: Array) -> Array | None:

@@ -156,6 +156,18 @@ def _docstrings(module: Document) -> Iterator[Document]:
         yield from walk(module.name, ast.parse(module.text))
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, the white space in each one blank.
+
+    One ends at a . ! or ? before white space and a capital, a digit or an opening sign, or at a blank line.
+    """
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split())
+        found += re.split(r"(?<=[.!?]) (?=[A-Z0-9\"'(\[*`])", line) if line else []
+    return found
+
+
 def folder_documents(folder: str | Path) -> list[Document]:
     """Each text file of a folder as a document, as `stream_text` reads them.
 

@@ -122,7 +122,7 @@ def stream(
     Raises:
         InputError: an empty prompt, one longer than the context, unknown ids, or a setting out of range.
     """
-    prompts = _checked_prompts(model, input_ids)
+    prompts = checked_prompts(model, input_ids)
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     rng = np.random.default_rng(seed)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -155,7 +155,7 @@ def generate(model: Any, input_ids: Any, max_new_tokens: int, **settings: Any) -
 
     Where prompts differ in length, or `stop` ends rows early, shorter rows are filled up with -1.
     """
-    rows = [list(prompt) for prompt in _checked_prompts(model, input_ids)]
+    rows = [list(prompt) for prompt in checked_prompts(model, input_ids)]
     for tokens in stream(model, rows, max_new_tokens, **settings):
         for row, token in zip(rows, tokens.tolist()):
             if token != NOTHING:
@@ -196,7 +196,7 @@ def beam_search(
     Raises:
         InputError: as for `stream`, or width, alpha or max_new_tokens out of range.
     """
-    (ids,) = _checked_prompts(model, [prompt])
+    (ids,) = checked_prompts(model, [prompt])
     if max_new_tokens < 1 or width < 1 or not 0 <= alpha < math.inf:
         raise InputError("beam search takes max_new_tokens and width of 1 or more, alpha of 0 or more")
     reader = _Reader(model, np.array([ids]), len(ids) + max_new_tokens, use_cache)
@@ -282,8 +282,13 @@ def _check_settings(
         raise InputError(f"top_p is {top_p}, but must be above 0 and at most 1")
 
 
-def _checked_prompts(model: Any, input_ids: Any) -> list[np.ndarray]:
-    """The rows of input_ids, (B, T) or B sequences, each as integers that the model knows."""
+def checked_prompts(model: Any, input_ids: Any) -> list[np.ndarray]:
+    """The rows of input_ids, (B, T) or B sequences, each as integers that the model knows.
+
+    Raises:
+        InputError: no row, an empty one, one longer than the context, or with ids that are unknown or no
+            integers.
+    """
     ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
     rows = [np.asarray(row) for row in (backend.to_host(ids) if backend.is_array(ids) else ids)]
     if not rows:

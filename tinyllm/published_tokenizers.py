@@ -86,6 +86,22 @@ class PublishedTokenizer:
                 self._refuse_special(text, encoding.ids)
             return self._library.post_process(encoding, add_special_tokens=frame).ids
 
+    def encode_pair(
+        self, first: str, second: str, allow_special: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of two texts with what the tokenizer puts around and between them, and the segment, 0 or
+        1, of each."""
+        with self._guard("encode this pair"), self._lock:
+            self._library.encode_special_tokens = not allow_special
+            parts = [
+                self._library.encode(_unicode(text), add_special_tokens=False) for text in (first, second)
+            ]
+            if not allow_special:
+                for text, part in zip((first, second), parts):
+                    self._refuse_special(text, part.ids)
+            pair = self._library.post_process(*parts, add_special_tokens=True)
+            return pair.ids, pair.type_ids
+
     def _refuse_special(self, text: str, ids: Iterable[int]) -> None:
         """A vocabulary of texts may hold the names of special tokens, and then know no other spelling."""
         unknown = self._names.get("unk_token"), getattr(self._library.model, "unk_token", None)

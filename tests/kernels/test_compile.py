@@ -5,7 +5,6 @@ pytest tests/kernels/test_compile.py -s        prints the table from which the t
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kernels.flash_attention import HEAD_DIMS, SOURCE, TILES, block_shape, kernel_name
-from kernels.module import inlined
+from kernels.module import header_folders, inlined
 
 try:
     from cupy.cuda import nvrtc as NVRTC
@@ -27,15 +26,14 @@ REGISTERS_OF_AN_SM, WARPS_OF_AN_SM = 65536, 48
 
 
 def headers() -> Path:
-    """The folder of CUDA's headers, from the wheel nvidia-cuda-runtime-cu12."""
+    """The folder of CUDA's headers."""
     try:
         NVRTC.getVersion()
-        spec = importlib.util.find_spec("nvidia.cuda_runtime")
     except Exception as error:  # no libnvrtc to load
         pytest.skip(f"needs NVRTC, pip install nvidia-cuda-nvrtc-cu12: {error}")
-    if spec is None:
+    if not header_folders():
         pytest.skip("needs CUDA's headers, pip install nvidia-cuda-runtime-cu12")
-    return Path(spec.submodule_search_locations[0]) / "include"
+    return header_folders()[0]
 
 
 def compile_for(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:

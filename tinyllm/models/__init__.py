@@ -1,5 +1,6 @@
 """The family of models, one file each."""
 
+from .bert import BERT, BERTConfig
 from .bigram import Bigram, BigramConfig
 from .gpt1 import GPT1, GPT1Config
 from .gpt2 import GPT2, GPT2Config
@@ -7,8 +8,11 @@ from .gpt3 import GPT3, GPT3Config
 from .llama import LLaMA, LLaMAConfig
 from .mistral import Mistral, MistralConfig
 from .rwkv import RWKV, RWKVConfig
+from .transformer import Transformer, TransformerConfig
 
 __all__ = [
+    "BERT",
+    "BERTConfig",
     "Bigram",
     "BigramConfig",
     "GPT1",
@@ -23,4 +27,6 @@ __all__ = [
     "MistralConfig",
     "RWKV",
     "RWKVConfig",
+    "Transformer",
+    "TransformerConfig",
 ]
