@@ -149,19 +149,36 @@ def _erf_table(terms: int) -> np.ndarray:
     return np.array([d / math.factorial(n) for n, d in enumerate(derivatives[:terms])])
 
 
-_ERF_TABLES = {8: _erf_table(11), 4: _erf_table(6), 2: _erf_table(6)}
+_ERF_TABLES = {8: _erf_table(11), 2: _erf_table(6)}
+_ERF_END_32 = 4.2  # where NumPy's tanh of it is 1 as well
+_ERF_BLOCK = 1 << 14  # elements that pass some thirty times through the cache
+
+
+def _erf_polynomial(degree: int) -> np.ndarray:
+    """Coefficients in s = 2 (x / 4.2)^2 - 1, highest first, of atanh(erf x) / x, from Chebyshev nodes."""
+    s = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
+    x = np.sqrt((s + 1) / 2) * _ERF_END_32
+    u = [math.log((1 + math.erf(v)) / math.erfc(v)) / 2 for v in x]
+    series = np.polynomial.chebyshev.chebfit(s, u / x, degree)
+    return np.polynomial.chebyshev.cheb2poly(series)[::-1].astype(np.float32)
+
+
+_ERF_POLYNOMIAL = _erf_polynomial(14)
 
 
 def erf(x: Array) -> Array:
-    """The error function, to about one unit in the last place; NumPy has none of its own.
+    """The error function, to some units in the last place; NumPy has none of its own.
 
-    Around the nearest node x0 of a fine grid erf is a short Taylor series in x - x0 (|x - x0| <= 1/32).
+    float32: tanh(x p(x^2)), p a polynomial, for NumPy's tanh is fast. Else, around the nearest node x0 of a
+    fine grid, a short Taylor series in x - x0 (|x - x0| <= 1/32).
     """
     xp = array_module(x)
     if xp is not np:
         from cupyx.scipy.special import erf as cupy_erf
 
         return cupy_erf(x)
+    if x.dtype == np.float32:
+        return _erf_float32(x)
     table = _ERF_TABLES[x.dtype.itemsize].astype(x.dtype)
     magnitude = np.minimum(np.abs(x), x.dtype.type(_ERF_END))
     node = np.rint(np.nan_to_num(magnitude) * (1 / _ERF_STEP)).astype(np.intp)
@@ -170,6 +187,26 @@ def erf(x: Array) -> Array:
     for coefficient in table[-2::-1]:
         series = series * delta + coefficient[node]
     return np.copysign(series, x)
+
+
+def _erf_float32(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(-1)
+    out = np.empty_like(flat)
+    first, second, *rest = _ERF_POLYNOMIAL
+    for start in range(0, flat.size, _ERF_BLOCK):
+        block = slice(start, start + _ERF_BLOCK)
+        near = np.clip(flat[block], -_ERF_END_32, _ERF_END_32)
+        s = near * near
+        s *= 2 / _ERF_END_32**2
+        s -= 1
+        p = s * first
+        p += second
+        for coefficient in rest:
+            p *= s
+            p += coefficient
+        p *= near
+        np.tanh(p, out=out[block])
+    return out.reshape(x.shape)
 
 
 def keep_memory() -> None:

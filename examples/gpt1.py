@@ -15,8 +15,6 @@ minutes on 2 cores. It prints the held-out accuracies and draws them in runs/gpt
 from __future__ import annotations
 
 import argparse
-import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from autograd import no_grad
-from tinyllm import cli, corpus, plots
-from tinyllm.datasets import Batch, Document, Sampler, documents, evaluation_batches, split_documents
+from tinyllm import cli, corpus, labelled, plots
+from tinyllm.datasets import Batch, Document, Sampler, documents, evaluation_batches
 from tinyllm.models import GPT1, GPT1Config
 from tinyllm.models.gpt1 import Classifier
 from tinyllm.tokenizers import Tokenizer
@@ -37,14 +35,6 @@ CONFIG = GPT1Config(n_positions=64, n_embd=64, n_layer=4, n_head=4, attn_pdrop=0
 PRETRAINING = Recipe(batch=32, context=64, lr=3e-3, shards=2)
 FINE_TUNING = Recipe(batch=32, lr=2e-3, warmup=20, shards=2)
 OBJECTIVES = {"L2 alone": 0.0, "L2 + L1 / 2": 0.5}  # name -> lambda
-MASK = "package"
-
-
-class Texts(NamedTuple):
-    """Labelled texts: tokens cut to what the model can read, and the number of each one's class."""
-
-    tokens: list[list[int]]
-    labels: np.ndarray
 
 
 class Run(NamedTuple):
@@ -59,7 +49,7 @@ def main() -> None:
     args = arguments()
     cli.start(args)
     text = corpus.load(args.data, VOCABULARY)
-    names, train, held_out = labelled(documents("docstrings"), text.tokenizer)
+    names, train, held_out, _ = docstring_task(documents("docstrings"), text.tokenizer)
 
     config = replace(CONFIG, vocab_size=text.tokenizer.vocabulary_size)
     starts = {name: GPT1(config, args.seed).to(args.device) for name in ("pre-trained", "from scratch")}
@@ -74,7 +64,7 @@ def main() -> None:
         for objective, auxiliary in OBJECTIVES.items()
     }
     shares = np.bincount(held_out.labels, minlength=len(names)) / len(held_out.labels)
-    counted = (naive_bayes(train, held_out, config.vocab_size) == held_out.labels).mean()
+    counted = (labelled.naive_bayes(train, held_out, config.vocab_size) == held_out.labels).mean()
     others = {"naive Bayes": counted, f"always {names[shares.argmax()]}": shares.max()}
     print(table(runs, others, len(held_out.labels)))
     best = max(runs, key=lambda key: runs[key].accuracies[-1])
@@ -107,35 +97,25 @@ def pretrain(model: GPT1, text: corpus.Corpus, args: argparse.Namespace) -> None
 # The task
 
 
-def labelled(found: list[Document], tokenizer: Tokenizer) -> tuple[list[str], Texts, Texts]:
-    """The names of the packages with the most docstrings, and these, masked, split by name.
-
-    Nothing that the model reads stands twice, so nothing that is held out is in training. The texts are in
-    the order of their lengths, so that a batch in this order has little padding.
-    """
-    public = Counter(document.label for document in found if not document.label.startswith("_"))
-    names = [name for name, _ in public.most_common(CLASSES)]
-    mask = re.compile("|".join(names), re.IGNORECASE)
-    longest = CONFIG.n_positions - 2  # start and extract need a place too
-    rows: dict[tuple[int, ...], Document] = {}
-    for document in found:
-        if document.label in names:
-            tokens = tokenizer.encode(mask.sub(MASK, document.text))[:longest]
-            rows.setdefault(tuple(tokens), document)
-    read = {document: list(tokens) for tokens, document in sorted(rows.items(), key=lambda row: len(row[0]))}
-    sides = split_documents(read, HELD_OUT)
-    label = lambda document: names.index(document.label)
-    return names, *(Texts([read[d] for d in side], np.array([label(d) for d in side])) for side in sides)
+def docstring_task(found: list[Document], tokenizer: Tokenizer) -> labelled.Task:
+    """Which package a docstring is from. In what the model reads, start and extract need a place too."""
+    found = labelled.masked(found, CLASSES)
+    return labelled.split_task(found, tokenizer.encode, CONFIG.n_positions - 2, HELD_OUT)
 
 
-def batch(model: Classifier, of: Texts, chosen: np.ndarray) -> Batch:
+def batch(model: Classifier, of: labelled.Texts, chosen: np.ndarray) -> Batch:
     """The chosen texts as ids (B, 1, T), with their labels (B,)."""
     examples = [model.special.classification(of.tokens[i]) for i in chosen]
     return model.special.batch(examples), of.labels[chosen]
 
 
 def finetune(
-    start: GPT1, auxiliary: float, train: Texts, held_out: Texts, args: argparse.Namespace, label: str
+    start: GPT1,
+    auxiliary: float,
+    train: labelled.Texts,
+    held_out: labelled.Texts,
+    args: argparse.Namespace,
+    label: str,
 ) -> Run:
     """L3 on the labelled texts; the start itself stays as it is."""
     recipe = replace(FINE_TUNING, steps=args.tune, seed=args.seed)
@@ -157,15 +137,6 @@ def finetune(
     progress = fit(model, next_batch, recipe, label, evaluation, every=max(1, recipe.steps // 6))
     steps = [step for step, _ in progress.validation]
     return Run(steps, [float((g == held_out.labels).mean()) for g in guesses], guesses[-1])
-
-
-def naive_bayes(train: Texts, held_out: Texts, vocabulary: int) -> np.ndarray:
-    """The guesses (N,): argmax of log p(class) + sum over a text's tokens of log p(token | class), each p by
-    Laplace's rule, a count and one more."""
-    count = lambda of: np.array([np.bincount(row, minlength=vocabulary) for row in of.tokens])  # (N, V)
-    log_p = lambda n: np.log((n + 1) / (n + 1).sum(axis=-1, keepdims=True))
-    classes = np.eye(CLASSES)[train.labels]  # (N, CLASSES)
-    return (count(held_out) @ log_p(classes.T @ count(train)).T + log_p(classes.sum(axis=0))).argmax(axis=-1)
 
 
 # What it shows
@@ -191,7 +162,7 @@ def table(runs: Runs, others: dict[str, float], count: int) -> str:
 def guessed(
     key: tuple[str, str],
     guesses: np.ndarray,
-    held_out: Texts,
+    held_out: labelled.Texts,
     names: list[str],
     tokenizer: Tokenizer,
     seed: int,

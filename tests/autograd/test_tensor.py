@@ -723,6 +723,9 @@ def test_erf_is_accurate_everywhere():
     single = x.astype("float32")
     exact = np.array([math.erf(v) for v in single])
     np.testing.assert_allclose(P.erf(single).data, exact, rtol=3e-7, atol=0)
+    ends = P.erf(np.array([np.inf, -np.inf, 5, 4.2], np.float32)).data
+    assert ends.tolist() == [1, -1, 1, 1] and np.isnan(P.erf(np.array([np.nan], np.float32)).data[0])
+    assert np.signbit(P.erf(np.array([-0.0], np.float32)).data[0])
     assert np.isnan(P.erf(np.array([np.nan])).data[0])
     assert np.signbit(P.erf(np.array([-0.0])).data[0])
 

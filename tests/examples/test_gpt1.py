@@ -97,7 +97,7 @@ def test_nothing_gives_the_label_away(module):
     """No name of a package is left in any text; and as far as the model reads them, no two are the same."""
     for found in (stub("docstrings"), documents("docstrings")):
         tokenizer = CharacterTokenizer({*string.printable, *"".join(document.text for document in found)})
-        names, train, held_out = module.labelled(found, tokenizer)
+        names, train, held_out, _ = module.docstring_task(found, tokenizer)
         assert len(names) == 8 and not any(name.startswith("_") for name in names)
         assert set(train.labels) == set(range(8)) >= set(held_out.labels)
         sides = [[tokenizer.decode(tokens) for tokens in side.tokens] for side in (train, held_out)]
@@ -109,36 +109,16 @@ def test_nothing_gives_the_label_away(module):
 def test_every_text_keeps_its_label(module):
     """The stub's texts begin with a letter of their label's own."""
     tokenizer = CharacterTokenizer(string.printable)
-    names, *sides = module.labelled(stub("docstrings"), tokenizer)
+    names, *sides, _ = module.docstring_task(stub("docstrings"), tokenizer)
     for side in sides:
         letters = "".join("aeimquxz"[LABELS.index(names[label])] for label in side.labels)
         assert letters == "".join(tokenizer.decode(tokens[:1]) for tokens in side.tokens)
 
 
-def test_naive_bayes(module):
-    """argmax p(class) p(token | class) ..., multiplied out."""
-    rng = np.random.default_rng(0)
-    sides = []
-    for count in (30, 200):
-        tokens = [rng.integers(0, 5, rng.integers(1, 6)).tolist() for _ in range(count)]
-        sides.append(module.Texts(tokens, rng.integers(0, module.CLASSES - 1, count)))  # one has no text
-    train, held_out = sides
-    guesses = module.naive_bayes(train, held_out, vocabulary=5)
-    for tokens, guess in zip(held_out.tokens, guesses, strict=True):
-        p = []
-        for k in range(module.CLASSES):
-            texts = [text for text, label in zip(train.tokens, train.labels) if label == k]
-            words = [token for text in texts for token in text]
-            p.append((len(texts) + 1) / (30 + module.CLASSES))
-            for token in tokens:
-                p[-1] *= (words.count(token) + 1) / (len(words) + 5)
-        assert p[guess] == pytest.approx(max(p), rel=1e-12)
-
-
 def test_the_comparison_is_fair(module, monkeypatch):
     """All runs see the same batches, and the starts differ in nothing but the pre-training."""
     tokenizer = CharacterTokenizer(string.printable)
-    names, train, held_out = module.labelled(stub("docstrings"), tokenizer)
+    names, train, held_out, _ = module.docstring_task(stub("docstrings"), tokenizer)
     assert all(len(tokens) <= 62 for tokens in train.tokens)
     lengths = [len(tokens) for tokens in held_out.tokens]
     assert lengths == sorted(lengths)
