@@ -2,7 +2,7 @@
 
 Without arguments: learns a byte-pair encoding and a GPT-2 of about a million parameters from the prose of
 Python's own documentation, in two minutes on 2 cores. The validation loss falls from 7.2 to about 3.8 nats a
-token (1.9 bits a byte). Everything goes to the folder runs/gpt2: checkpoints, and a picture of the loss.
+token (1.7 bits a byte). Everything goes to the folder runs/gpt2: checkpoints, and a picture of the loss.
 
     python examples/train_gpt2.py                       # the whole job, no network
     python examples/train_gpt2.py --resume              # go on after Ctrl-C, a crash or a power cut

@@ -96,7 +96,8 @@ def main() -> None:
     setting = TEXT if args.data else NUMBERS
     pairs = read_pairs(args.data, args.target) if args.data else numbers(COUNT + setting.held_out, args.seed)
     context = args.context or setting.config.max_position_embeddings
-    held_out = min(setting.held_out, max(1, len(pairs) // 10))
+    sources = len({source for source, _ in pairs})
+    held_out = min(setting.held_out, max(1, sources // 10))
     train, unseen = split_pairs(pairs, held_out, args.seed)
     vocabulary = learn_vocabulary(train[:20_000], args.vocabulary or setting.vocabulary)
     sides = [encoded(some, vocabulary, context) for some in (train, unseen)]

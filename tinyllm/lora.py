@@ -107,8 +107,8 @@ def apply(
     targets: ends of the maps' published names ("c_attn", "attn.c_proj"), or of ours where no published name
     ends so; a text is a regular expression of whole published names; "all-linear" is every map but the output
     head. rank_pattern, alpha_pattern: another rank or alpha for the maps whose published name ends in what
-    the pattern matches. bias "lora_only" lets the biases of the chosen maps learn too, "all" every bias of
-    the model; modules_to_save: ends of published names of modules that learn as a whole.
+    the pattern matches. bias "lora_only" lets the biases of the chosen maps learn too, "all" those of all
+    modules; modules_to_save: ends of published names of modules that learn as a whole.
 
     A is drawn from U(-1/sqrt(n), 1/sqrt(n)), as PEFT does it, and B is zero, so the model computes what it
     did before, to the bit.
@@ -275,6 +275,14 @@ def _is_head(model: PretrainedModel, weight: nn.Parameter) -> bool:
     return weight is getattr(model, "head_weight", None)
 
 
+def _is_tied(model: PretrainedModel, weight: nn.Parameter) -> bool:
+    """Whether it is a table that something else reads too: another embedding, or the output head."""
+    holders = [module for module in model.modules() if getattr(module, "weight", None) is weight]
+    is_table = any(isinstance(module, nn.Embedding) for module in holders)
+    of_bert = getattr(model, "masked_lm", None) is not None and weight is model.token_embedding.weight
+    return is_table and (len(holders) > 1 or of_bert or _is_head(model, weight))
+
+
 def _published_targets(model: PretrainedModel, targets: str | Collection[str]) -> str | list[str]:
     """targets in published names."""
     places = [place for place in _places(model) if not _is_head(model, place.linear.weight)]
@@ -318,18 +326,19 @@ def _learned(model: PretrainedModel, config: LoRAConfig, chosen: list[Place]) ->
         (m, n), r = place.linear.weight.shape, config.rank(place.published)
         learned |= {f"{place.path}.lora_A": (r, n), f"{place.path}.lora_B": (m, r)}
     with_bias = {place.path for place in chosen} if config.bias == "lora_only" else set()
-    table = getattr(model, "token_embedding", None)
     for name, parameter in model.named_parameters():
         if name in learned:
             continue
         path, _, kind = name.rpartition(".")
         module = model.published_name(name).rpartition(".")[0]
         whole = config.saves(module)
-        if whole and table is not None and parameter is table.weight and _is_head(model, parameter):
+        if whole and _is_tied(model, parameter):
             raise InputError(
                 f"modules_to_save names {module}, whose weight is the output head's too: PEFT would part them"
             )
-        if whole or ("bias" in kind and (config.bias == "all" or path in with_bias)):
+        # A bias of no module, as a translator's head has, is a buffer for PEFT, which never learns.
+        biases = module and config.bias == "all"
+        if whole or ("bias" in kind and (biases or path in with_bias)):
             learned[name] = parameter.shape
     return learned
 
@@ -352,6 +361,8 @@ def _normal(model: PretrainedModel, name: str) -> str:
 
 def _check_bare(model: PretrainedModel) -> None:
     if hasattr(model, "adapter_config"):
+        if _adapters(model)[0].is_merged:
+            raise InputError("the model has adapters already, merged: first lora.remove(model)")
         raise InputError(
             "the model has adapters already: first lora.merge(model), to keep them, and lora.remove"
         )

@@ -33,6 +33,8 @@ def read_pairs(path: str | Path, target: str | Path | None = None) -> list[Pair]
     lines = _lines(path)
     if target is None:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise InputError(f"{path}, line {number} is empty: give it a pair, or take it out")
             if "\t" not in line:
                 raise InputError(
                     f"{path}, line {number} has no tab: a line is a sentence, a tab, and its translation"

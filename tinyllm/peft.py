@@ -89,9 +89,9 @@ class LoRAConfig:
         """
         names = {each.name for each in fields(cls)}
         implemented = lambda name, value: (
-            any(value == good and type(value) is type(good) for good in ONLY[name])
+            _is_one_of(value, ONLY[name])
             if name in ONLY
-            else name in names or name in HARMLESS or value in OFF
+            else name in names or name in HARMLESS or _is_one_of(value, OFF)
         )
         if wrong := [f"{n} = {value!r}" for n, value in options.items() if not implemented(n, value)]:
             raise InputError(f"not implemented here: {', '.join(wrong[:4])}")
@@ -156,6 +156,11 @@ def ends(name: str, ending: str) -> bool:
 def last_words(names: Iterable[str]) -> str:
     """The different last parts of names, for an error message."""
     return ", ".join(list(dict.fromkeys(name.rpartition(".")[2] for name in names))[:12])
+
+
+def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
+    """By value and type: 0 is not False."""
+    return any(value == one and type(value) is type(one) for one in known)
 
 
 def _all(patterns: Any, fits: Callable[[Any], bool]) -> bool:

@@ -25,9 +25,10 @@ class EncoderDecoder(PretrainedModel):
     """A model that reads a source and writes a translation.
 
     It has encode(input_ids (B, S), lengths (B,)) -> memory (B, S, C);
-    decode(decoder_input_ids (B, T), memory, lengths, cache) -> (B, T, C); head(hidden (..., C)) -> (..., V);
-    memory_keys_and_values(memory), for each decoder layer what its cross-attention reads; the `context` of
-    both sides; and in its config eos_token_id, pad_token_id, decoder_start_token_id, target_vocabulary.
+    decode(decoder_input_ids (B, T), memory, lengths, cache) -> (B, T, C); head(hidden (..., C)) -> (..., V),
+    which reads the matrix head_weight (V, C); memory_keys_and_values(memory), for each decoder layer what its
+    cross-attention reads; the `context` of both sides; and in its config eos_token_id, pad_token_id,
+    decoder_start_token_id, target_vocabulary.
     """
 
     context: int

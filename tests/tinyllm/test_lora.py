@@ -17,6 +17,9 @@ from tinyllm import lora
 from tinyllm.errors import InputError
 from tinyllm.lora import LoRALinear
 from tinyllm.model import PretrainedModel
+from tinyllm.models import BERT, BERTConfig, Transformer, TransformerConfig
+from tinyllm.models.bert import SequenceClassifier, SpanFinder
+from tinyllm.models.gpt1 import Classifier, MultipleChoice
 from tinyllm.parallel import DataParallel
 from tinyllm.training import Recipe, fit
 
@@ -499,7 +502,9 @@ def test_merging_twice_and_the_like(tmp_path):
     before = bits(model)
     assert "merged already" in refused(lora.merge, model)
     assert "merged already" in refused(lora.save, model, tmp_path / "none")
-    assert "already" in refused(lora.apply, model, 1, 1)
+    for function, arguments in ((lora.apply, (1, 1)), (lora.load, (tmp_path / "some",))):
+        said = refused(function, model, *arguments)
+        assert "already, merged" in said and "lora.remove" in said and "lora.merge" not in said
     assert same_bits(bits(model), before) and not (tmp_path / "none").exists()
     lora.unmerge(model)
     assert "not merged" in refused(lora.unmerge, model)
@@ -556,6 +561,105 @@ def test_what_cannot_be_adapted():
     )
     assert "output head" in refused(lora.apply, tied, 1, 1, modules_to_save=["embed_tokens"])
     assert not any("output" in name for name in learned(lora.apply(tied, 1, 1)))
+
+
+def translator(**options):
+    return scramble(
+        Transformer(TransformerConfig(31, 24, 2, 2, 3, 3, 40, 40, dropout=0.0, pad_token_id=30, **options))
+    )
+
+
+UNTIED = {"share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+# The embeddings of both sides are two, or one.
+TRANSLATORS = [UNTIED, UNTIED | {"tie_word_embeddings": True}, {}]
+
+
+def test_the_head_of_a_translator_gets_no_adapter():
+    """head() reads its matrix without calling the map, so an adapter there would be left out."""
+    model = adapted(translator(**UNTIED))
+    assert not any("output" in name for name in learned(model)) and type(model.output) is nn.Linear
+    source, target = tokens(model, 2, 9), tokens(model, 2, 7, seed=1)
+    expected = model(source, target).numpy()
+    assert np.abs(expected - translator(**UNTIED)(source, target).numpy()).max() > 0.1
+    lora.merge(model)
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(model(source, target).numpy(), expected, rtol=0, atol=atol)
+    for targets in (["lm_head"], ["q_proj", "lm_head"], ".*"):
+        assert "lm_head is the output head" in refused(lora.apply, translator(**UNTIED), 1, 1, targets)
+    whole = lora.apply(translator(**UNTIED), 1, 1, ["q_proj"], modules_to_save=["lm_head"])
+    assert "output.weight" in learned(whole)
+
+
+@pytest.mark.parametrize("options", TRANSLATORS, ids=str)
+def test_all_biases_of_a_translator(tmp_path, options):
+    """But that of its head, which is of no module: PEFT leaves it out."""
+    model = adapted(translator(**options), bias="all")
+    lora.save(model, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any(".." in name or "final_logits_bias" in name for name in written)
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert {name for name in learned(model) if "lora_" not in name} == biases - {"logits_bias"}
+    assert same_bits(bits(lora.load(translator(**options), tmp_path)), bits(model))
+
+
+def bert(**options):
+    return scramble(BERT(BERTConfig(31, 24, 2, 3, 40, 0.0, 0.0, max_position_embeddings=80, **options)))
+
+
+@pytest.mark.parametrize(
+    "make, target, whole, said",
+    [
+        (translator, "q_proj", "shared", "model.shared"),
+        (
+            lambda: translator(**TRANSLATORS[1]),
+            "q_proj",
+            "decoder.embed_tokens",
+            "model.decoder.embed_tokens",
+        ),
+        (bert, "query", "word_embeddings", "bert.embeddings.word_embeddings"),
+        (bert, "query", "embeddings", "bert.embeddings.word_embeddings"),
+    ],
+)
+def test_tables_with_a_second_use_do_not_learn_as_a_whole(tmp_path, make, target, whole, said):
+    """PEFT would make a copy for one of the uses, so its adapter would be another function here."""
+    model = make()
+    before = bits(model)
+    said = f"modules_to_save names {said}, whose weight is the output head's too"
+    assert said in refused(lora.apply, model, 1, 1, [target], modules_to_save=[whole])
+    lora.save(adapted(make(), targets=[target]), tmp_path)
+    edit(tmp_path, modules_to_save=[whole])
+    assert said in refused(lora.load, model, tmp_path)
+    assert same_bits(bits(model), before) and all(p.requires_grad for p in model.parameters())
+
+
+def test_tables_with_one_use_learn_as_a_whole():
+    for make, target, whole, name in (
+        (lambda: translator(**UNTIED), "q_proj", "decoder.embed_tokens", "target_embedding.weight"),
+        (lambda: translator(**TRANSLATORS[1]), "q_proj", "encoder.embed_tokens", "source_embedding.weight"),
+        (lambda: bert(architecture="BertModel"), "query", "word_embeddings", "token_embedding.weight"),
+        (bert, "query", "position_embeddings", "position_embedding.weight"),
+    ):
+        assert name in learned(lora.apply(make(), 1, 1, [target], modules_to_save=[whole]))
+
+
+@pytest.mark.parametrize(
+    "make, start",
+    [
+        (bert, lambda model: SequenceClassifier.on(model, ["a", "b"])),
+        (bert, SpanFinder.on),
+        (lambda: TINY["gpt1"](0), lambda model: Classifier(model, 2)),
+        (lambda: TINY["gpt1"](0), MultipleChoice),
+    ],
+)
+def test_a_task_starts_from_a_model_without_adapters(make, start):
+    """Its copy has no place for them; merged, they are in the weights."""
+    model = adapted(make())
+    assert "merge and remove the adapters first" in refused(start, model)
+    lora.merge(model)
+    lora.remove(model)
+    state, copied = model.state_dict(), bits(start(model))
+    name = next(name for name in state if name.endswith("mlp.expand.weight"))
+    assert np.array_equal(copied.get(name, copied.get(f"model.{name}")), state[name])
 
 
 @pytest.fixture
@@ -626,6 +730,8 @@ def test_tensors_that_do_not_fit(folder):
         ({"peft_type": ...}, "lacks peft_type"),
         ({"use_dora": True}, "use_dora = True"),
         ({"an_option_to_come": 1}, "an_option_to_come = 1"),
+        ({"an_option_to_come": 0}, "an_option_to_come = 0"),
+        ({"an_option_to_come": 0.0}, "an_option_to_come = 0.0"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
         ({"init_lora_weights": 1}, "init_lora_weights = 1"),
         ({"layers_to_transform": [0]}, "layers_to_transform = [0]"),

@@ -323,16 +323,21 @@ def test_an_encoder_with_a_head_that_learns_as_a_whole(tmp_path):
     assert all(np.array_equal(files[0][key], array) for key, array in files[1].items())
 
 
-def test_a_translator(tmp_path):
+def marian():
     config = transformers.MarianConfig(
         vocab_size=VOCABULARY, d_model=12, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=20,
         scale_embedding=True, activation_function="relu", pad_token_id=1, eos_token_id=0,
         decoder_start_token_id=1, forced_eos_token_id=None, dropout=0.0,
     )  # fmt: skip
-    scrambled(transformers.MarianMTModel, config).save_pretrained(tmp_path / "base")
+    return scrambled(transformers.MarianMTModel, config)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_translator(tmp_path, bias):
+    marian().save_pretrained(tmp_path / "base")
     base = transformers.MarianMTModel.from_pretrained(tmp_path / "base")  # its positions as they were
-    theirs = adapted(base, target_modules=["q_proj", "v_proj", "fc1"], task_type="SEQ_2_SEQ_LM")
+    theirs = adapted(base, target_modules=["q_proj", "v_proj", "fc1"], task_type="SEQ_2_SEQ_LM", bias=bias)
     ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter")).eval()
     source, target = (np.random.default_rng(seed).integers(2, VOCABULARY, (2, 9)) for seed in (0, 1))
     expected = logits_of(theirs, source, decoder_input_ids=torch.from_numpy(target))
@@ -340,3 +345,25 @@ def test_a_translator(tmp_path):
     lora.save(ours, tmp_path / "again")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again")]
     assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.parametrize(
+    "kind, target, table", [("marian", "q_proj", "shared"), ("bert", "query", "word_embeddings")]
+)
+def test_a_table_that_the_head_reads_too_is_refused_as_peft_writes_it(kind, target, table, tmp_path):
+    """PEFT trains a copy for the embedding alone, and writes only that."""
+    base = marian() if kind == "marian" else masked_bert()
+    base.save_pretrained(tmp_path / "base")
+    saved(adapted(base, target_modules=[target], modules_to_save=[table]), tmp_path / "adapter")
+    error = pytest.raises(
+        InputError, lora.load, tinyllm.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert f"{table}, whose weight is the output head's too" in one_line(error)
+
+
+def masked_bert():
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=20, max_position_embeddings=20,
+    )  # fmt: skip
+    return scrambled(transformers.BertForMaskedLM, config)

@@ -67,7 +67,7 @@ def test_read_pairs(tmp_path):
     "text, said",
     [
         ("a\tb\nc\n", "line 2 has no tab"),
-        ("a\tb\n\nc\td\n", "line 2 has no tab"),
+        ("a\tb\n\nc\td\n", "line 2 is empty"),
         ("a\tb\n \td\n", "line 2 has an empty source"),
         ("a\t\nc\td\n", "line 1 has an empty target"),
         ("a\t\tb\n", "line 1 has an empty target"),

@@ -403,7 +403,12 @@ class Task(BERT):
         """A copy of a pre-trained model with this task's head, its weights drawn from the seed.
 
         labels: the names of the classes, where the task has such.
+
+        Raises:
+            InputError: labels that do not fit the task, or adapters that are not merged.
         """
+        if any(name.endswith(".lora_A") for name in bert.state_dict()):
+            raise InputError("the model has adapters: merge and remove the adapters first (tinyllm.lora)")
         config = replace(bert.config, architecture=cls.architecture, heads=(), labels=tuple(labels))
         model = cls(config, seed).to(bert.token_embedding.weight.device, bert.dtype)
         given = {name: array for name, array in bert.state_dict().items() if not name.startswith(NEW)}

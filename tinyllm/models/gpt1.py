@@ -232,11 +232,16 @@ class Classifier(nn.Module):
     an example has several sequences, as in similarity, the sum of their representations is classified.
 
     auxiliary: lambda, the weight of L1; dropout: of what the head reads (section 4.1).
+
+    Raises:
+        InputError: the model has adapters that are not merged.
     """
 
     def __init__(
         self, model: GPT1, classes: int, auxiliary: float = 0.5, dropout: float = 0.1, seed: int = 0
     ) -> None:
+        if any(name.endswith(".lora_A") for name in model.state_dict()):
+            raise InputError("the model has adapters: merge and remove the adapters first (tinyllm.lora)")
         rng, V, table = np.random.default_rng(seed), model.vocabulary_size, model.token_embedding.weight
         self.special = SpecialTokens(V, V + 1, V + 2)
         self.model = model.extended(len(self.special), rng)

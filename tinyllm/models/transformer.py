@@ -377,9 +377,14 @@ class Transformer(EncoderDecoder):
             cache.advance(y.shape[1])
         return y
 
+    @property
+    def head_weight(self) -> Tensor:
+        """E (V, C): the target's table, or a matrix of its own."""
+        return self.output.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V) = hidden E^T + b."""
-        return F.linear(hidden, self.output.weight, self.logits_bias)
+        return F.linear(hidden, self.head_weight, self.logits_bias)
 
     def loss(self, inputs: tuple[Any, Any, Any], targets: Any, reduction: str = "mean") -> Tensor:
         """Cross-entropy of the targets (B, T), in nats a token; targets of -100 do not count.
