@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 import kernels
+from kernels.flash_attention import shared_limit, shared_needed
 
+from . import fused
 from .backend import Array
 from .tensor import Tensor
 
@@ -26,11 +28,13 @@ def use_flash(enabled: bool = True, precision: str | None = None) -> None:
 
     precision "float16" or "bfloat16": mixed precision. float32 queries, keys, values and gradients are
     rounded to that type on their way into the kernel, whose tensor cores sum in float32, and the results come
-    back as float32; all else of the model stays float32. bfloat16 keeps float32's range, float16 has three
-    bits more, and loses gradients below 6e-8. None: float32 stays float32, without tensor cores.
+    back as float32; all else of the model stays float32. For training take bfloat16 (from CuPy 14 on): it
+    keeps float32's range. float16 has three bits more, but loses gradients below 6e-8: nothing scales the
+    loss here. None: float32 stays float32, without tensor cores.
 
     Raises:
         ValueError: another precision.
+        RuntimeError: (at the first use) bfloat16, with a CuPy that does not know it.
     """
     global _enabled, _precision
     if precision not in _PRECISIONS:
@@ -42,7 +46,10 @@ def attention_path(q: Any, k: Any, v: Any, *, scale: float | None = None, dropou
     """Says what attention of these arrays or Tensors runs on: "flash kernel, float16", or why not on that."""
     arrays = [x.data if isinstance(x, Tensor) else x for x in (q, k, v)]
     reason = why_not(*arrays, scale, dropout or None)
-    return f"array operations: {reason}" if reason else f"flash kernel, {_precision or arrays[0].dtype}"
+    if reason:
+        return f"array operations: {reason}"
+    dtype = arrays[0].dtype
+    return f"flash kernel, {_precision if _precision and dtype == np.float32 else dtype}"
 
 
 def why_not(q: Array, k: Array, v: Array, scale: float | None, keep: Any) -> str | None:
@@ -51,14 +58,21 @@ def why_not(q: Array, k: Array, v: Array, scale: float | None, keep: Any) -> str
         return "the arrays are not on a GPU"
     if not _enabled:
         return "use_flash(False)"
+    if not fused._enabled:
+        return "use_fused(False)"
     if keep is not None:
         return "dropout of the probabilities"
     if q.dtype.name not in ("float32", "float16", "bfloat16"):
         return f"the kernel does not take {q.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not of one type"
     if not q.shape[3] == v.shape[3] <= LARGEST_HEAD:
         return f"heads of {q.shape[3]} and {v.shape[3]} numbers; the kernel takes up to {LARGEST_HEAD}, equal"
     if scale is not None and not scale > 0:
         return f"scale={scale}"
+    needed = shared_needed(np.float16 if _precision and q.dtype == np.float32 else q.dtype, q.shape[3])
+    if needed > shared_limit(q):
+        return f"the kernels need {needed} bytes of shared memory, more than this card has"
     return None
 
 
@@ -103,4 +117,9 @@ def _rounded(x: Array) -> Array:
         return x.astype(np.float16)
     from ml_dtypes import bfloat16  # NumPy and CuPy have no such type of their own
 
-    return x.astype(bfloat16)
+    try:
+        return x.astype(bfloat16)
+    except (TypeError, ValueError, KeyError, NotImplementedError):
+        raise RuntimeError(
+            'use_flash(precision="bfloat16") needs CuPy 14 or later, or take precision="float16"'
+        ) from None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .module import Module
+from .module import SHARED_LIMIT, Module
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -216,7 +216,8 @@ class _Call:
         threads, shared_bytes = block_shape(kernel, self.dtype, self.width)
         if self.xp is not np and shared_bytes > _shared_limit(self.xp.cuda.Device().id):
             raise RuntimeError(
-                f"{name} needs {shared_bytes} bytes of shared memory for a block, more than this card has"
+                f"{name} needs {shared_bytes} bytes of shared memory for a block, more than this card has: "
+                "F.use_flash(False) takes array operations instead"
             )
         self.module.kernel(name)((blocks,), (threads,), [*args, problem[()]], shared_bytes=shared_bytes)
 
@@ -244,6 +245,17 @@ def block_shape(kernel: str, dtype: Any, d: int) -> tuple[int, int]:
     }[kernel]
     statistics = 2 * 2 * Br * 4 if kernel == "backward_keys" else 0  # L and D of the queries that stream by
     return threads, rows * d * itemsize + statistics
+
+
+def shared_needed(dtype: Any, d: int) -> int:
+    """The bytes of shared memory that a block of the kernel that needs most takes, for heads of d numbers."""
+    width = next(width for width in HEAD_DIMS if width >= d)
+    return max(block_shape(kernel, dtype, width)[1] for kernel in TILES)
+
+
+def shared_limit(x: Array) -> int:
+    """The bytes of shared memory that a block may have where x lies: on its card, or in the emulator."""
+    return SHARED_LIMIT if isinstance(x, np.ndarray) else _shared_limit(x.device.id)
 
 
 @functools.cache

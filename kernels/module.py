@@ -141,7 +141,7 @@ class _CudaKernel:
         try:
             self._function = self._module.get_function(name)
         except cupy.cuda.compiler.CompileException as error:
-            if "cannot open source file" not in str(error):
+            if "open source file" not in str(error):  # NVRTC: "cannot" or "could not"
                 raise
             raise RuntimeError(
                 f"{module.path.name} needs CUDA's headers, and CuPy finds none: pip install "

@@ -179,8 +179,46 @@ def test_what_the_kernel_cannot_do_takes_the_array_path(as_on_a_card, monkeypatc
     assert F.attention_path(q, k, v) == "array operations: use_flash(False)"
     assert calls == []
     F.use_flash()
+    half = Tensor(k.data.astype(np.float16))
+    F.attention(q, half, half)
+    mixed = "array operations: q float32, k float16 and v float16 are not of one type"
+    assert F.attention_path(q, half, half) == mixed
+    F.use_fused(False)
+    try:
+        F.attention(q, k, v)
+        assert F.attention_path(q, k, v) == "array operations: use_fused(False)"
+    finally:
+        F.use_fused(True)
+    assert calls == []
     F.attention(q, k, v)
     assert calls == ["flash_attention"]
+
+
+@pytest.mark.parametrize("d, needed", [(64, 49408), (96, 73984), (128, 98560)])
+def test_a_card_with_too_little_shared_memory_takes_the_array_path(as_on_a_card, monkeypatch, d, needed):
+    """The backward pass needs more than the forward pass, so that is asked for before the forward pass."""
+    calls = launches(monkeypatch)
+    x = Tensor(np.ones((1, 1, 4, d - 3), np.float32), requires_grad=True)
+    monkeypatch.setattr(flash, "shared_limit", lambda array: needed - 1)
+    F.attention(x, x, x).sum().backward()
+    reason = f"array operations: the kernels need {needed} bytes of shared memory, more than this card has"
+    assert F.attention_path(x, x, x) == reason and calls == []
+    monkeypatch.setattr(flash, "shared_limit", lambda array: needed)
+    assert F.attention_path(x, x, x) == "flash kernel, float32"
+
+
+def test_bfloat16_with_an_older_cupy(as_on_a_card):
+    class Refusing(np.ndarray):
+        def astype(self, dtype, *args, **keywords):
+            if dtype.__name__ == "bfloat16":
+                raise ValueError("Unsupported dtype bfloat16")
+            return super().astype(dtype, *args, **keywords)
+
+    F.use_flash(precision="bfloat16")
+    with pytest.raises(
+        RuntimeError, match='^use_flash.*needs CuPy 14 or later, or take precision="float16"$'
+    ):
+        flash._rounded(np.zeros((1, 1, 2, 32), np.float32).view(Refusing))
 
 
 def test_on_a_cpu_it_is_array_operations():

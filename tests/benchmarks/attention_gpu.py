@@ -125,6 +125,20 @@ def measure(made: dict[str, Any], flops: float, rounds: int) -> dict[str, tuple[
     }
 
 
+def measure_what_fits(made: dict[str, Any], flops: float, rounds: int) -> dict[str, tuple]:
+    """`measure`, without those that run out of memory; where all together do, each alone."""
+    try:
+        return measure(made, flops, rounds)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free()
+    if len(made) < 2:
+        return {}
+    alone = [measure_what_fits({name: kind}, flops, rounds) for name, kind in made.items()]
+    return {name: found for part in alone for name, found in part.items()}
+
+
 def has_torch() -> bool:
     try:
         import torch
@@ -134,11 +148,21 @@ def has_torch() -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+    kind = type(error).__name__
+    return kind == "OutOfMemoryError" or kind == "AcceleratorError" and "out of memory" in str(error).lower()
+
+
+def free() -> None:
+    """Give back to the card what CuPy and PyTorch keep for later: neither sees the other's."""
+    gc.collect()
+    sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+    if has_torch():
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def make(name: str, *sizes: Any) -> Any:
     """The contestant, tried once; None if it does not fit in the card's memory."""
+    made = None
     try:
         made = Ours(*sizes) if name == "ours" else PyTorch(name, *sizes)
         made.both()
@@ -146,7 +170,9 @@ def make(name: str, *sizes: Any) -> Any:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return None
+    del made
+    free()
+    return None
 
 
 def main() -> None:
@@ -173,7 +199,7 @@ def main() -> None:
                 made = {name: make(name, *sizes) for name in names}
                 made = {name: kind for name, kind in made.items() if kind is not None}
                 flops = 4 * sizes[0] * sizes[1] * N * N * d * (0.5 if causal else 1)
-                found = measure(made, flops, args.rounds)
+                found = measure_what_fits(made, flops, args.rounds)
                 cells = [
                     "{:7.1f} |{:6.1f} |{:7.0f}".format(*found[name]) if name in found else "out of memory"
                     for name in names
@@ -181,8 +207,7 @@ def main() -> None:
                 mask = "causal" if causal else "full"
                 print(f"{mask:7} {d:4} {N:6}   " + "".join(f"{cell:>25}" for cell in cells), flush=True)
                 made.clear()
-                gc.collect()
-                cupy.get_default_memory_pool().free_all_blocks()
+                free()
 
 
 if __name__ == "__main__":
