@@ -134,14 +134,14 @@ def test_folders_that_hold_no_model(train, generate, tmp_path, book, published, 
     (without / "vocab.json").unlink()
     (without / "merges.txt").unlink()
     other = shutil.copytree(published, tmp_path / "other")
-    edit(other / "config.json", model_type="bert")
+    edit(other / "config.json", model_type="t5")
     for name, said in {
         "missing": "no such folder",
         "empty": "it is empty",
         "published/config.json": "it is a file",
         "pickled": "pickled weights are refused",
         "without": "no tokenizer in",
-        "other": "'bert'",
+        "other": "'t5'",
     }.items():
         result = generate(tmp_path / name, "The")
         refused(result, said, tmp_path / name)
