@@ -31,7 +31,7 @@ from tinyllm.datasets import Batch, Document, documents, sentences, split_docume
 from tinyllm.docstring_spans import Statement, question, statements
 from tinyllm.masked import SentencePairs, SpecialTokens, mask_tokens, with_special_tokens
 from tinyllm.models import BERT, BERTConfig
-from tinyllm.models.bert import SequenceClassifier, SpanFinder
+from tinyllm.models.bert_tasks import SequenceClassifier, SpanFinder
 from tinyllm.spans import best_spans
 from tinyllm.tokenizers import Tokenizer, train_bpe
 from tinyllm.training import Recipe, fit
@@ -293,6 +293,8 @@ def described(task: labelled.Task) -> str:
         lines.append(
             f"{task.cut:,} of them are longer than {CONTEXT - 2} tokens: only their beginning is read"
         )
+    if task.alike:
+        lines.append(f"{task.alike:,} more are left out, because another is read alike")
     return f"\n{'':14}".join(lines)
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     args = arguments()
     cli.start(args)
     text = corpus.load(args.data, VOCABULARY)
-    names, train, held_out, _ = docstring_task(documents("docstrings"), text.tokenizer)
+    names, train, held_out, *_ = docstring_task(documents("docstrings"), text.tokenizer)
 
     config = replace(CONFIG, vocab_size=text.tokenizer.vocabulary_size)
     starts = {name: GPT1(config, args.seed).to(args.device) for name in ("pre-trained", "from scratch")}

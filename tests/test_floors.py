@@ -27,7 +27,7 @@ THIRD_PARTY = {
     "examples": {"numpy", "tqdm", "matplotlib"},
 }
 # Models that are a published variation of another, or wrap any: there the subclass is the lesson.
-VARIATIONS = {"gpt3": {"gpt2"}, "mistral": {"llama"}}
+VARIATIONS = {"gpt3": {"gpt2"}, "mistral": {"llama"}, "bert_tasks": {"bert"}}
 WRAPPERS = {"lora", "instructgpt", "__init__"}
 
 

@@ -42,7 +42,7 @@ def statements(
         sentence = (sentences(document.text) or [""])[0]
         if sentence in kept or not re.match(r"[A-Z][a-z]+ ", sentence):
             continue
-        words, tokens = re.findall(r"[\w'-]+", sentence), encode(f" {sentence}")
+        words, tokens = re.findall(r"[\w'-]+", sentence.lower()), encode(f" {sentence}")
         places = {}
         for phrase in _PHRASE.finditer(sentence):
             start, end = (encode(f" {sentence[:at]}") for at in phrase.span(2))
@@ -51,7 +51,7 @@ def statements(
                 places[phrase[1]] = len(start), len(end) - 1
         if places and len(tokens) <= longest:
             absent = [preposition for preposition in PREPOSITIONS if preposition not in words]
-            kept[sentence] = Statement(words[0].lower(), tokens, places, absent)
+            kept[sentence] = Statement(words[0], tokens, places, absent)
     return list(kept.values())
 
 

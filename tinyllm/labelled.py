@@ -24,12 +24,14 @@ class Texts(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The names of the classes, texts to learn from and texts held out, and how many of both were cut."""
+    """The names of the classes, texts to learn from and texts held out; how many of both were cut, and how
+    many were left out because another is read alike."""
 
     names: list[str]
     train: Texts
     held_out: Texts
     cut: int
+    alike: int
 
 
 def masked(found: Iterable[Document], labels: int) -> list[Document]:
@@ -71,11 +73,11 @@ def split_task(
 ) -> Task:
     """The documents as tokens, at most `longest` of each, the fraction `held_out` kept apart by name.
 
-    Classes are in the order of their frequency. No two rows of tokens are the same, so nothing that is held
-    out is in training. Raises InputError where a side is empty, or a label stands on the held-out side alone.
+    Classes are in the order of their frequency. Of texts that are read alike the first stays, whatever the
+    labels of the others: so nothing that is held out is in training. Raises InputError where a side is empty,
+    or a label stands on the held-out side alone.
     """
     found = list(found)
-    names = [name for name, _ in Counter(document.label for document in found).most_common()]
     rows: dict[tuple[int, ...], Document] = {}
     cut = 0
     for document in found:
@@ -83,6 +85,8 @@ def split_task(
         if rows.setdefault(tuple(tokens[:longest]), document) is document:
             cut += len(tokens) > longest
     read = {document: list(tokens) for tokens, document in sorted(rows.items(), key=lambda row: len(row[0]))}
+    kept = {document.label for document in read}
+    names = [name for name, _ in Counter(d.label for d in found).most_common() if name in kept]
     sides = split_documents(read, held_out)
     if not all(sides):
         raise InputError(f"{len(read)} texts are too few to hold some out: give more")
@@ -95,7 +99,7 @@ def split_task(
     train, held = (
         Texts([read[d] for d in side], np.array([number[d.label] for d in side])) for side in sides
     )
-    return Task(names, train, held, cut)
+    return Task(names, train, held, cut, len(found) - len(read))
 
 
 def naive_bayes(train: Texts, held_out: Texts, vocabulary: int) -> np.ndarray:

@@ -117,16 +117,18 @@ class SentencePairs:
     def draw(self, rng: np.random.Generator) -> tuple[list[int], list[int], int]:
         """(first, second, label): label 0 where the second text followed the first, 1 where it is from
         another document."""
-        d, i = self._place(rng)
-        document, half = self.documents[d], self.room // 2
-        first, i = self._fill(document[:-1], i, half)
+        d, first, i = self._first(rng)
         label = int(rng.integers(2))
-        while label:
-            other, i = self._place(rng)
-            if other != d:
-                document = self.documents[other]
-                break
-        return first, self._fill(document, i, self.room - len(first))[0], label
+        other = d
+        while label and other == d:
+            # Where another first text ends, so that its place in its document does not give it away.
+            other, _, i = self._first(rng)
+        return first, self._fill(self.documents[other], i, self.room - len(first))[0], label
+
+    def _first(self, rng: np.random.Generator) -> tuple[int, list[int], int]:
+        """A document, a text from it, and the sentence after that, of which there is one."""
+        d, i = self._place(rng)
+        return d, *self._fill(self.documents[d][:-1], i, self.room // 2)
 
     def _place(self, rng: np.random.Generator) -> tuple[int, int]:
         """A document, and in it a sentence that is not the last; all sentences equally likely."""

@@ -18,7 +18,7 @@ from .helpers import check_help, refused, run
 LABELS = ["alpha", "beta", "gamma"]
 
 
-def stub(kind):
+def toy(kind):
     """A few documents of either kind: 60 docstrings, told by one of their words, each with one phrase."""
     if kind == "prose":
         return documents("prose")[:12]
@@ -36,7 +36,7 @@ def bert(script, module, monkeypatch):
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     monkeypatch.setattr(module, "CONFIG", replace(module.CONFIG, **small))
     monkeypatch.setattr(module, "VOCABULARY", 300)
-    monkeypatch.setattr(module, "documents", stub)
+    monkeypatch.setattr(module, "documents", toy)
     return script
 
 
@@ -72,7 +72,7 @@ def test_pythons_own_prose_in_a_process_of_its_own(tmp_path):
 
 
 def test_it_learns_both_tasks(bert, module, tmp_path, monkeypatch):
-    """The stub's classes are easy, and where all questions are answered so is the span."""
+    """The toy's classes are easy, and where all questions are answered so is the span."""
     monkeypatch.setattr(module, "FINE_TUNING", replace(module.FINE_TUNING, lr=1e-2))
     monkeypatch.setattr(module, "NO_ANSWER", 0.0)
     drawn = []

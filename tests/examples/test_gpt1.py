@@ -20,7 +20,7 @@ from .helpers import check_bad_paths, check_help, refused, run
 LABELS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 
-def stub(kind):
+def toy(kind):
     """200 short docstrings: each says its label, in capitals too, and is told by its first letters anyway.
     The first label is the most frequent; a private one, more frequent than some, is no package."""
     assert kind == "docstrings"
@@ -36,10 +36,10 @@ def stub(kind):
 
 @pytest.fixture
 def gpt1(script, module, monkeypatch):
-    """gpt1(*arguments): the script in this process, with a tiny model and the stub's docstrings."""
+    """gpt1(*arguments): the script in this process, with a tiny model and the toy's docstrings."""
     monkeypatch.setattr(module, "CONFIG", GPT1Config(n_positions=64, n_embd=8, n_layer=1, n_head=2))
     monkeypatch.setattr(module, "VOCABULARY", 300)
-    monkeypatch.setattr(module, "documents", stub)
+    monkeypatch.setattr(module, "documents", toy)
     return script
 
 
@@ -68,7 +68,7 @@ def test_pythons_own_docstrings_in_a_process_of_its_own(tmp_path):
 
 
 def test_it_learns_and_counts_right(gpt1, module, book, tmp_path, monkeypatch):
-    """The stub's task is easy. The accuracies are those of the guesses that it draws."""
+    """The toy's task is easy. The accuracies are those of the guesses that it draws."""
     monkeypatch.setattr(module, "CONFIG", GPT1Config(n_positions=64, n_embd=32, n_layer=1, n_head=2))
     monkeypatch.setattr(module, "FINE_TUNING", replace(module.FINE_TUNING, lr=1e-2))
     drawn = SimpleNamespace()
@@ -95,9 +95,9 @@ def test_it_learns_and_counts_right(gpt1, module, book, tmp_path, monkeypatch):
 
 def test_nothing_gives_the_label_away(module):
     """No name of a package is left in any text; and as far as the model reads them, no two are the same."""
-    for found in (stub("docstrings"), documents("docstrings")):
+    for found in (toy("docstrings"), documents("docstrings")):
         tokenizer = CharacterTokenizer({*string.printable, *"".join(document.text for document in found)})
-        names, train, held_out, _ = module.docstring_task(found, tokenizer)
+        names, train, held_out, *_ = module.docstring_task(found, tokenizer)
         assert len(names) == 8 and not any(name.startswith("_") for name in names)
         assert set(train.labels) == set(range(8)) >= set(held_out.labels)
         sides = [[tokenizer.decode(tokens) for tokens in side.tokens] for side in (train, held_out)]
@@ -107,9 +107,9 @@ def test_nothing_gives_the_label_away(module):
 
 
 def test_every_text_keeps_its_label(module):
-    """The stub's texts begin with a letter of their label's own."""
+    """The toy's texts begin with a letter of their label's own."""
     tokenizer = CharacterTokenizer(string.printable)
-    names, *sides, _ = module.docstring_task(stub("docstrings"), tokenizer)
+    names, *sides, _, _ = module.docstring_task(toy("docstrings"), tokenizer)
     for side in sides:
         letters = "".join("aeimquxz"[LABELS.index(names[label])] for label in side.labels)
         assert letters == "".join(tokenizer.decode(tokens[:1]) for tokens in side.tokens)
@@ -118,7 +118,7 @@ def test_every_text_keeps_its_label(module):
 def test_the_comparison_is_fair(module, monkeypatch):
     """All runs see the same batches, and the starts differ in nothing but the pre-training."""
     tokenizer = CharacterTokenizer(string.printable)
-    names, train, held_out, _ = module.docstring_task(stub("docstrings"), tokenizer)
+    names, train, held_out, *_ = module.docstring_task(toy("docstrings"), tokenizer)
     assert all(len(tokens) <= 62 for tokens in train.tokens)
     lengths = [len(tokens) for tokens in held_out.tokens]
     assert lengths == sorted(lengths)

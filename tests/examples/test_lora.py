@@ -25,7 +25,7 @@ ROW = (
 )
 
 
-def stub(kind):
+def toy(kind):
     """Prose of few words, and code of others."""
     words = {
         "prose": "the quick brown fox jumps over a lazy dog",
@@ -38,7 +38,7 @@ def stub(kind):
 
 @pytest.fixture
 def lora(script, module, monkeypatch):
-    """lora(*arguments): the script in this process, with a tiny model and the stub's texts."""
+    """lora(*arguments): the script in this process, with a tiny model and the toy's texts."""
     config = GPT2Config(
         n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
@@ -47,7 +47,7 @@ def lora(script, module, monkeypatch):
     for name in ("PRETRAINING", "FINE_TUNING"):
         recipe = replace(getattr(module, name), batch=4, context=16, warmup=2, lr=1e-2)
         monkeypatch.setattr(module, name, recipe)
-    monkeypatch.setattr("tinyllm.corpus.documents", stub)
+    monkeypatch.setattr("tinyllm.corpus.documents", toy)
     return script
 
 

@@ -16,7 +16,8 @@ import tinyllm
 from autograd import nn, no_grad, optim
 from tinyllm.errors import InputError
 from tinyllm.models import BERT, BERTConfig
-from tinyllm.models.bert import SIZES, SequenceClassifier, SpanFinder, TokenTagger
+from tinyllm.models.bert import SIZES
+from tinyllm.models.bert_tasks import SequenceClassifier, SpanFinder, TokenTagger
 from tinyllm.parallel import DataParallel
 from tinyllm.training import Recipe, fit
 

@@ -8,7 +8,8 @@ import pytest
 import tinyllm
 from autograd import no_grad
 from tinyllm.models import BERT, BERTConfig
-from tinyllm.models.bert import SIZES, SequenceClassifier, SpanFinder, TokenTagger
+from tinyllm.models.bert import SIZES
+from tinyllm.models.bert_tasks import SequenceClassifier, SpanFinder, TokenTagger
 from tinyllm.spans import best_spans
 
 from .folders import edit, one_line

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autograd import Tensor, no_grad
@@ -105,17 +105,18 @@ def test_temperature_then_top_k_then_top_p():
     temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 100.0]),
     seed=st.integers(0, 2**32),
 )
+@example(logits=[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0**-149], k=6, p=None, temperature=1.0, seed=326)
+@example(logits=[2.0**-149, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0], k=6, p=0.75, temperature=100.0, seed=326)
 def test_a_drawn_token_was_among_the_kept(logits, k, p, temperature, seed):
     logits = np.array(logits, np.float32)
     (token,) = sample(logits[None], np.random.default_rng(seed), temperature, k, p)
-    better = logits > logits[token]
-    assert better.sum() < (k or len(logits))
+    z = logits.astype(np.float64) - logits.max()  # where logits that differ by less than rounding are equal
+    assert (z > z[token]).sum() < (k or len(z))
     if temperature == 0:
         assert token == logits.argmax()
     elif p is not None:  # better tokens alone must not have reached p
-        kth = np.sort(logits)[::-1][: k or len(logits)][-1]
-        z = np.where(logits >= kth, logits, -np.inf).astype(np.float64)
-        probability = softmax(z / temperature)  # where logits that hardly differ are equal
+        kth = np.sort(z)[::-1][: k or len(z)][-1]
+        probability = softmax(np.where(z >= kth, z, -np.inf) / temperature)
         assert probability[probability > probability[token]].sum() < p + 1e-9
 
 

@@ -75,6 +75,9 @@ def test_no_text_that_is_read_alike_is_on_both_sides():
     assert len(read) == len(set(read)) == 10 and max(map(len, read)) == 13
     assert task.cut == 0  # the first of each is whole
     assert split_task(many()[10:], encode, 13).cut == 9
+    twins = [*many(), *(document._replace(label="z", name=document.name + "2") for document in many())]
+    task = split_task(twins, encode, 99)  # "z" is the most frequent label, and none of its texts is kept
+    assert task.alike == 200 and "z" not in task.names
 
 
 def test_tasks_that_are_none():

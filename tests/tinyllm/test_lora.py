@@ -18,7 +18,7 @@ from tinyllm.errors import InputError
 from tinyllm.lora import LoRALinear
 from tinyllm.model import PretrainedModel
 from tinyllm.models import BERT, BERTConfig, Transformer, TransformerConfig
-from tinyllm.models.bert import SequenceClassifier, SpanFinder
+from tinyllm.models.bert_tasks import SequenceClassifier, SpanFinder
 from tinyllm.models.gpt1 import Classifier, MultipleChoice
 from tinyllm.parallel import DataParallel
 from tinyllm.training import Recipe, fit

@@ -133,6 +133,18 @@ def test_pairs_follow_or_come_from_another_document(longest):
     assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / 600**0.5
 
 
+def test_a_second_text_alone_does_not_tell_whether_it_followed():
+    """It begins at each sentence of a document but the first, in both cases equally often."""
+    pairs, rng = SentencePairs(documents(9), 30), np.random.default_rng(1)
+    counts = np.zeros((2, 6))
+    for _ in range(4000):
+        _, second, label = pairs.draw(rng)
+        counts[label, second[0] % 1000 // 20] += 1
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    assert not counts[:, 0].any()
+    assert np.abs(shares[0] - shares[1]).max() < 0.05  # three standard errors of 2,000 draws
+
+
 def test_a_sentence_longer_than_the_room_is_cut_and_nothing_follows_the_cut():
     pairs = SentencePairs([[list(range(100)), [200, 201]], [[300], [301]]], 13)
     drawn = [pairs.draw(np.random.default_rng(seed)) for seed in range(50)]

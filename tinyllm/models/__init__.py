@@ -1,6 +1,7 @@
-"""The family of models, one file each."""
+"""The family of models, one file each, and BERT's tasks in another."""
 
 from .bert import BERT, BERTConfig
+from .bert_tasks import SequenceClassifier, SpanFinder, TokenTagger
 from .bigram import Bigram, BigramConfig
 from .gpt1 import GPT1, GPT1Config
 from .gpt2 import GPT2, GPT2Config
@@ -27,6 +28,9 @@ __all__ = [
     "MistralConfig",
     "RWKV",
     "RWKVConfig",
+    "SequenceClassifier",
+    "SpanFinder",
+    "TokenTagger",
     "Transformer",
     "TransformerConfig",
 ]

@@ -14,8 +14,7 @@ first. A segment embedding tells the two apart; [CLS] stands before them and col
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +42,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "BertForTokenClassification": (),
     "BertForQuestionAnswering": (),
 }
-NEW = ("classifier.", "span.")  # parameters of a task's head
+TASKS: dict[str, Any] = {}  # architecture -> the class of its task, filled by bert_tasks.py
 OURS = {"architecture", "heads", "labels"}  # of a config: published under other names, or not at all
 # Options in published files that say nothing about the model, at the values that they have there.
 IDLE: dict[str, list[Any]] = {
@@ -333,8 +332,8 @@ class BERT(PretrainedModel):
         the second text followed the first and 1 where not: then there are two losses, whose sum is what
         pre-training minimizes (section A.2).
         """
-        hidden = self.hidden_states(*_tuple(inputs))
-        tokens, *follows = (array_module(hidden.data).asarray(part) for part in _tuple(targets))
+        hidden = self.hidden_states(*parts(inputs))
+        tokens, *follows = (array_module(hidden.data).asarray(part) for part in parts(targets))
         if self.masked_lm is None or (follows and self.next_sentence is None):
             raise InputError(f"a {self.config.architecture} has no head for these targets")
         rows, places = (tokens != -100).nonzero()  # a seventh of all: the others need no scores
@@ -393,95 +392,6 @@ class BERT(PretrainedModel):
                 )
 
 
-class Task(BERT):
-    """BERT with one new layer on top, to be fine-tuned as a whole (section 3.2)."""
-
-    architecture: str
-
-    @classmethod
-    def on(cls, bert: BERT, labels: Sequence[str] = (), seed: int = 0) -> Any:
-        """A copy of a pre-trained model with this task's head, its weights drawn from the seed.
-
-        labels: the names of the classes, where the task has such.
-
-        Raises:
-            InputError: labels that do not fit the task, or adapters that are not merged.
-        """
-        if any(name.endswith(".lora_A") for name in bert.state_dict()):
-            raise InputError("the model has adapters: merge and remove the adapters first (tinyllm.lora)")
-        config = replace(bert.config, architecture=cls.architecture, heads=(), labels=tuple(labels))
-        model = cls(config, seed).to(bert.token_embedding.weight.device, bert.dtype)
-        given = {name: array for name, array in bert.state_dict().items() if not name.startswith(NEW)}
-        model.load_state_dict({name: given.get(name, array) for name, array in model.state_dict().items()})
-        return model
-
-    def _add_head(self) -> None:
-        labels, dropout = self.config.labels, self.config.classifier_dropout
-        if not labels or len(set(labels)) != len(labels):
-            raise InputError(f"a {type(self).__name__} needs labels, each once: {labels}")
-        self.head_dropout = nn.Dropout(self.config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(self.config.hidden_size, len(labels))
-
-    def _answer(self, out: Output) -> Tensor:
-        """The head's logits, from what BERT gives."""
-        raise NotImplementedError
-
-    def forward(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Output:
-        """As BERT, with the head's logits."""
-        out = super().forward(input_ids, attention_mask, token_type_ids)
-        return out._replace(logits=self._answer(out))
-
-    def loss(self, inputs: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of the classes, targets of the shape of the logits without the last axis;
-        -100 does not count. inputs as for `BERT.loss`."""
-        logits = self(*_tuple(inputs)).logits
-        return F.cross_entropy(logits, array_module(logits.data).asarray(targets), reduction=reduction)
-
-
-class SequenceClassifier(Task):
-    """logits (B, labels) of a text or a pair of texts, from what the pooler makes of [CLS]."""
-
-    architecture = "BertForSequenceClassification"
-
-    def _answer(self, out: Output) -> Tensor:
-        return self.classifier(self.head_dropout(out.pooler_output))
-
-
-class TokenTagger(Task):
-    """logits (B, T, labels) of every token. A target of -100 leaves out what is not tagged: [CLS], padding,
-    all tokens of a word but the first (section 5.3)."""
-
-    architecture = "BertForTokenClassification"
-
-    def _answer(self, out: Output) -> Tensor:
-        return self.classifier(self.head_dropout(out.last_hidden_state))
-
-
-class SpanFinder(Task):
-    """logits (B, T, 2): S . h_t and E . h_t, whether an answer starts, and ends, at t (section 4.2)."""
-
-    architecture = "BertForQuestionAnswering"
-
-    def _add_head(self) -> None:
-        self.span = nn.Linear(self.config.hidden_size, 2)
-
-    def _answer(self, out: Output) -> Tensor:
-        return self.span(out.last_hidden_state)
-
-    def loss(self, inputs: Any, targets: Any, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of where the answer starts and where it ends, targets (B, 2), among all
-        positions but the padding. No answer: both 0, at [CLS] (section 4.3). inputs as for `BERT.loss`."""
-        ids, mask, *segments = (*_tuple(inputs), None)[:3]
-        logits = self(ids, mask, *segments).logits.transpose(0, 2, 1)  # (B, 2, T)
-        xp = array_module(logits.data)
-        if mask is not None:
-            padding = xp.asarray(mask)[:, None] == 0
-            logits = logits + Tensor(xp.where(padding, -math.inf, 0.0).astype(logits.dtype))
-        return F.cross_entropy(logits, xp.asarray(targets), reduction=reduction)
-
-
-TASKS = {task.architecture: task for task in (SequenceClassifier, TokenTagger, SpanFinder)}
-
-
-def _tuple(of: Any) -> tuple:
+def parts(of: Any) -> tuple:
+    """A tuple of arrays as it is, one array as a tuple of one."""
     return of if isinstance(of, tuple) else (of,)
