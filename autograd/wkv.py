@@ -21,7 +21,7 @@ from .tensor import Tensor, is_recording
 
 State = tuple[Array, Array, Array]  # aa, bb, pp, each (B, C)
 
-_BLOCK = 1 << 18  # numbers in a block of time steps; the sums go step by step, the rest block by block
+_BLOCK = 1 << 17  # numbers in a block of time steps; the sums go step by step, the rest block by block
 _CLOSE = 20.0  # exponents are close if they differ by no more: rounded, they are off by 1e-6 in float32
 
 
