@@ -26,7 +26,9 @@ from .primitives import erf as erf_primitive
 from .primitives import maximum as maximum_primitive
 from .tensor import RowsGradient, Tensor, fused_result, is_recording
 
-_BLOCK = 1 << 16  # elements of a block that passes several times through the cache
+# Elements of a block that passes several times through the cache. Smaller ones cost more than they save: at
+# each operation a thread may have to wait for Python's lock.
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -273,45 +275,51 @@ def gelu(x: Array, approximate: str = "tanh") -> Any:
     With u = sqrt(2/pi) (x + 0.044715 x^3):  Phi' = 2 u' Phi (1 - Phi), so out' = Phi (1 + 2 u' (x - out)).
     With erf:  Phi' = exp(-x^2 / 2) / sqrt(2 pi), so out' = Phi + x Phi'.
     """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"gelu: approximate={approximate!r}: use 'tanh' or 'none'")
+    xp, shape, x = array_module(x), x.shape, x.reshape(-1)
+    out, slope = xp.empty(len(x), x.dtype), xp.empty(len(x), x.dtype) if is_recording() else None
+    step = _BLOCK if xp is np else max(len(x), 1)
+    for start in range(0, len(x), step):
+        block = slice(start, start + step)
+        _gelu(x[block], approximate == "tanh", out[block], None if slope is None else slope[block])
+
+    def gradients(g: Array, needed: Any) -> Any:
+        return xp.multiply(g.reshape(-1), slope, out=slope).reshape(shape), None
+
+    return out.reshape(shape), gradients
+
+
+def _gelu(x: Array, by_tanh: bool, out: Array, slope: Array | None) -> None:
+    """Fill out, and the derivative slope, if it is given."""
     xp = array_module(x)
-    saves = is_recording()
-    slope, shape = None, x.shape
-    x = x.reshape(-1)
-    if approximate == "tanh":
+    if by_tanh:
         c = math.sqrt(2 / math.pi)
         square = x * x
         phi = square * (c * 0.044715)
         phi += c
         phi *= x  # u
         xp.tanh(phi, out=phi)
-        phi *= 0.5
-        phi += 0.5
-        out = x * phi
-        if saves:
-            twice_du = square
-            twice_du *= 6 * 0.044715 * c
-            twice_du += 2 * c
-            slope = x - out
-            slope *= twice_du
-            slope += 1
-            slope *= phi
-    elif approximate == "none":
-        half = erf(x * math.sqrt(0.5))
-        half += 1
-        half *= 0.5
-        out = x * half
-        if saves:
-            slope = xp.exp(x * x * -0.5)
-            slope *= x
-            slope *= 1 / math.sqrt(2 * math.pi)
-            slope += half
     else:
-        raise ValueError(f"gelu: approximate={approximate!r}: use 'tanh' or 'none'")
-
-    def gradients(g: Array, needed: Any) -> Any:
-        return xp.multiply(g.reshape(-1), slope, out=slope).reshape(shape), None
-
-    return out.reshape(shape), gradients
+        phi = erf(x * math.sqrt(0.5))
+    phi += 1
+    phi *= 0.5
+    xp.multiply(x, phi, out=out)
+    if slope is None:
+        return
+    if by_tanh:
+        twice_du = square
+        twice_du *= 6 * 0.044715 * c
+        twice_du += 2 * c
+        xp.subtract(x, out, out=slope)
+        slope *= twice_du
+        slope += 1
+        slope *= phi
+    else:
+        xp.exp(x * x * -0.5, out=slope)
+        slope *= x
+        slope *= 1 / math.sqrt(2 * math.pi)
+        slope += phi
 
 
 def silu_composed(x: Tensor) -> Tensor:
@@ -355,7 +363,7 @@ def swiglu(gate: Array, up: Array) -> Any:
     n = len(gate)
     out = xp.empty(n, gate.dtype)
     y, slope = (xp.empty(n, gate.dtype) for _ in range(2)) if saves else (out, None)
-    step = _BLOCK // 4 if xp is np else max(n, 1)  # five arrays share the cache
+    step = _BLOCK if xp is np else max(n, 1)
     for start in range(0, n, step):
         block = slice(start, start + step)
         s = gate[block] * gate.dtype.type(0.5)

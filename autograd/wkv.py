@@ -10,6 +10,7 @@ maximum pp of the exponents taken out, so that nothing overflows (equations 23 t
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -180,9 +181,10 @@ def _backward(g: Array, saved: Any, future: Any, dw: Array, du: Array) -> tuple[
     v, scale, fade, fresh, aa, bb, s, r, out = saved
     s *= g
     r *= g
-    alpha = _scan(future[0], fade[::-1], s[::-1])[::-1]  # (T + 1, N)
+    faded = xp.empty((2, *g.shape), g.dtype)
+    alpha = _scan(future[0], fade[::-1], s[::-1], faded[0, ::-1])[::-1]  # (T + 1, N)
     s *= out
-    minus_beta = _scan(-future[1], fade[::-1], s[::-1])[::-1]
+    minus_beta = _scan(-future[1], fade[::-1], s[::-1], faded[1, ::-1])[::-1]
     first = alpha[0] * scale, -minus_beta[0] * scale
     alpha, minus_beta = alpha[1:], minus_beta[1:]
     direct = xp.subtract(v, out, out=out)
@@ -193,21 +195,22 @@ def _backward(g: Array, saved: Any, future: Any, dw: Array, du: Array) -> tuple[
     dk = xp.multiply(alpha_fresh, v, out=alpha_fresh)
     dk += direct
     dk -= xp.multiply(fresh, minus_beta, out=fresh)
-    alpha *= aa[:-1]
-    alpha -= xp.multiply(minus_beta, bb[:-1], out=minus_beta)
-    alpha *= fade
-    dw -= alpha.sum(axis=0)
+    dw -= xp.einsum("ti,ti->i", faded[0], aa[:-1])
+    dw += xp.einsum("ti,ti->i", faded[1], bb[:-1])
     return dk, r, *first
 
 
-def _scan(first: Array, fade: Array, new: Array) -> Array:
-    """x_(t+1) = fade_t x_t + new_t from x_0 = first.   fade, new (T, N) -> (T + 1, N)."""
+def _scan(first: Array, fade: Array, new: Array, faded: Array | None = None) -> Array:
+    """x_(t+1) = fade_t x_t + new_t from x_0 = first.   fade, new (T, N) -> (T + 1, N).
+
+    The products fade_t x_t stay in `faded`, if it is given.
+    """
     xp = array_module(fade)
     out = xp.empty((len(fade) + 1, fade.shape[1]), fade.dtype)
     last, out[0] = first, first
-    for fade_t, new_t, x in zip(fade, new, out[1:]):
-        xp.multiply(last, fade_t, out=x)
-        last = xp.add(x, new_t, out=x)
+    for fade_t, new_t, x, product in zip(fade, new, out[1:], repeat(None) if faded is None else faded):
+        product = xp.multiply(last, fade_t, out=x if product is None else product)
+        last = xp.add(product, new_t, out=x)
     return out
 
 

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import autograd.attention
+import autograd.fused
+import autograd.wkv
 from autograd import Tensor, functional, grad, gradcheck, no_grad
 from autograd.fused import FUSED as OPERATIONS
 from autograd.tensor import RowsGradient
@@ -46,10 +49,19 @@ def test_value(name, data):
 
 
 @every
-@given(data=st.data())
-def test_equals_composition(name, data):
+@given(data=st.data(), block=st.sampled_from([1, 3, 1 << 18]))
+def test_equals_composition(name, data, block):
+    """Also in blocks so small that each array takes several."""
     row, operation = FUSED[name], OPERATIONS[name]
     case = data.draw(row.cases)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd.fused, "_BLOCK", block)
+        patch.setattr(autograd.attention, "_QUERY_BLOCK", min(block, 64))
+        patch.setattr(autograd.wkv, "_BLOCK", block)
+        check_equals_composition(row, operation, case)
+
+
+def check_equals_composition(row, operation, case):
     fused, composed = case.tensors(), case.tensors()
     (found,), (expected,) = (
         run(row, operation.fused, fused, case, np),
