@@ -114,7 +114,8 @@ class Tensor:
     `.data` is the array, `.grad` the gradient (a Tensor) that `backward` accumulated into a leaf.
     Operators and methods (`+ - * / ** @`, indexing, sum, mean, exp, reshape ...) are named as in PyTorch and
     defined in `primitives.py`. No operation changes an array in place. Optimizers and load_state_dict do, and
-    count `.version` up, so that a graph which still needs the old values says so.
+    count `.version` up, so that a graph which still needs the old values says so. Whoever changes `.data` in
+    place by hand does so after backward: a graph from before would read the new values, and nobody notices.
 
     Raises:
         TypeError: requires_grad for an array that is not floating-point.

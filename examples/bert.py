@@ -45,7 +45,7 @@ CONFIG = BERTConfig(
 PRETRAINING = Recipe(batch=32, lr=2e-3, betas=(0.9, 0.98), shards=2)
 FINE_TUNING = Recipe(batch=32, lr=2e-3, warmup=20, shards=2)
 LONGEST = CONTEXT - 16  # tokens of a sentence that is asked about
-NO_ANSWER = 0.25  # of the questions have none
+NO_ANSWER = 0.25  # of the questions have none, as they are drawn
 STARTS = ("pre-trained", "from scratch")
 
 
@@ -86,15 +86,16 @@ def main() -> None:
     print(f"texts:        {described(task)}")
     pools = sentence_pools(docstrings, text.tokenizer)
     print(f"questions:    about {len(pools[0]):,} sentences, and about {len(pools[1]):,} held out\n")
+    asked = [questions(pools[1], text, 64, (args.seed, 1, i)) for i in range(12)]
     runs = {}
     for name, start in starts.items():
         runs["class", name] = classification(start, task, text.special, args, name)
-        runs["span", name] = spans(start, pools, text, args, name)
-    print(table(runs, task, text.tokenizer.vocabulary_size))
+        runs["span", name] = spans(start, pools[0], asked, text, args, name)
+    print(table(runs, task, asked, text.tokenizer.vocabulary_size))
     picture = args.out / "bert.png"
     draw(picture, runs, bert, text)
     print(f"the accuracies, and what attention reads, are drawn in {picture}")
-    print(f'the pre-trained model is in {args.out}: {cli.script("embed")} {args.out} "One." "Two."')
+    print(f'the pre-trained model is in {args.out}: {cli.script("embed", args.out)} "One." "Two."')
 
 
 def arguments() -> argparse.Namespace:
@@ -254,28 +255,33 @@ def sentence_pools(
     return train, [statement for statement in held_out if tuple(statement.tokens) not in known]
 
 
+def questions(pool: list[Statement], text: Text, size: int, seed: tuple[int, ...]) -> Batch:
+    """A batch of questions: (ids, mask, segments), and the places of the answers."""
+    rng, special = np.random.default_rng(seed), text.special
+    drawn = [question(pool, special, text.tokenizer.encode, rng, NO_ANSWER) for _ in range(size)]
+    return special.batch([q.row for q in drawn]), np.array([q.place for q in drawn])
+
+
 def spans(
-    start: BERT, pools: Sequence[list[Statement]], text: Text, args: argparse.Namespace, name: str
+    start: BERT,
+    pool: list[Statement],
+    held_out: list[Batch],
+    text: Text,
+    args: argparse.Namespace,
+    name: str,
 ) -> Run:
     """From where to where does the answer go?"""
-    model, special = SpanFinder.on(start, seed=args.seed), text.special
-
-    def rows(pool: list[Statement], size: int, seed: tuple[int, ...]) -> Batch:
-        rng = np.random.default_rng(seed)
-        drawn = [question(pool, special, text.tokenizer.encode, rng, NO_ANSWER) for _ in range(size)]
-        return special.batch([q.row for q in drawn]), np.array([q.place for q in drawn])
-
-    held_out = [rows(pools[1], 64, (args.seed, 1, i)) for i in range(12)]
+    model = SpanFinder.on(start, seed=args.seed)
 
     def right() -> float:
         hits = []
         for (ids, mask, segments), places in held_out:
-            allowed = (segments == 1) & (ids != special.sep)
+            allowed = (segments == 1) & (ids != text.special.sep)
             found, _ = best_spans(model(ids, mask, segments).logits, allowed, LONGEST, threshold=0.0)
             hits.append((found == places).all(axis=1))
         return float(np.concatenate(hits).mean())
 
-    batch = lambda step, size: rows(pools[0], size, (args.seed, 0, step))
+    batch = lambda step, size: questions(pool, text, size, (args.seed, 0, step))
     return tuned(model, batch, right, args, f"spans, {name}")
 
 
@@ -298,8 +304,9 @@ def described(task: labelled.Task) -> str:
     return f"\n{'':14}".join(lines)
 
 
-def table(runs: Runs, task: labelled.Task, vocabulary: int) -> str:
-    """The shares of right answers at the end, and those of other ways to guess."""
+def table(runs: Runs, task: labelled.Task, asked: list[Batch], vocabulary: int) -> str:
+    """The shares of right answers at the end, and those of other ways to guess; asked: the questions held
+    out."""
     last = {key: run.accuracies[-1] for key, run in runs.items()}
     step = min(run.steps[-1] for run in runs.values())
     lines = [f"held-out answers that are right after {step} steps   {'class':>10}{'span':>10}"]
@@ -309,7 +316,8 @@ def table(runs: Runs, task: labelled.Task, vocabulary: int) -> str:
     share = np.bincount(task.held_out.labels).max() / len(task.held_out.labels)
     lines.append(f"  {'naive Bayes':<47}{(counted == task.held_out.labels).mean():10.1%}")
     lines.append(f"  {'always the most frequent class':<47}{share:10.1%}")
-    lines.append(f"  {'no answer, always':<47}{'':10}{NO_ANSWER:10.1%}")
+    unanswered = np.concatenate([(places == 0).all(axis=1) for _, places in asked]).mean()
+    lines.append(f"  {'no answer, always':<47}{'':10}{unanswered:10.1%}")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,9 @@ Without arguments: trains a GPT-2 of a million parameters on the prose of Python
 goes on with the sources of its standard library, twice from the same weights and on the same batches. Once
 all weights learn, once only adapters of rank 1 beside each linear map, 0.8 % of the parameters. It takes
 under three minutes on 2 cores, prints what each has learned, what it has forgotten of the prose and what it
-cost, and draws that in runs/lora/lora.png. Base and adapter stay in runs/lora, the adapter in PEFT's format.
+cost, and draws that in runs/lora/lora.png. The loss on code falls from 5.0 nats a token to 3.3 with all
+weights and to 4.2 with the adapters, which forget half as much. Base and adapter stay in runs/lora, the
+adapter in PEFT's format.
 
     python examples/lora.py                                       # the whole job, no network
     python examples/lora.py --data book.txt --out runs/book       # adapt to another text
@@ -95,11 +97,11 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    cli.options(parser, out="runs/lora", steps=250)
-    parser.add_argument(
-        "--pretraining", type=cli.number(), default=450, metavar="STEPS", help="on prose (default: 450)"
-    )
-    parser.add_argument("--rank", type=cli.number(), default=1, help="of the adapters (default: 1)")
+    cli.options(parser, out="runs/lora", steps=250, data=False)
+    add = parser.add_argument
+    add("--data", type=cli.path, help="text to adapt to: a file, a folder, a .gz (default: Python's sources)")
+    add("--pretraining", type=cli.number(), default=450, metavar="STEPS", help="on prose (default: 450)")
+    add("--rank", type=cli.number(), default=1, help="of the adapters (default: 1)")
     return parser.parse_args()
 
 

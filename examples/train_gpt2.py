@@ -114,17 +114,16 @@ def main() -> None:
     except Interrupted:
         raise Interrupted(f"saved at step {trainer.progress.step}; go on with {again(args)}") from None
     print(f"\nthe model is in {checkpoints.latest(args.out)}, its loss curve in {args.out / 'loss.png'}")
-    print(f'write with it:  {cli.script("generate")} {args.out} "The class statement"')
+    print(f'write with it:  {cli.script("generate", args.out)} "The class statement"')
 
 
 def again(args: argparse.Namespace) -> str:
     """The command that continues this run, with the options that a run does not remember."""
-    words = [cli.script("train_gpt2")]
-    words += [f"--out {args.out}"] if args.out != Path("runs/gpt2") else []
-    words += [f"--device {args.device}"] if args.device != "cpu" else []
-    words += [f"--save-every {args.save_every}"] if args.save_every != 200 else []
+    words = ["--out", args.out] if args.out != Path("runs/gpt2") else []
+    words += ["--device", args.device] if args.device != "cpu" else []
+    words += ["--save-every", args.save_every] if args.save_every != 200 else []
     words += ["--no-fused"] if args.no_fused else []
-    return " ".join([*words, "--resume"])
+    return cli.script("train_gpt2", *words, "--resume")
 
 
 def started(args: argparse.Namespace) -> Trainer:
@@ -136,7 +135,12 @@ def started(args: argparse.Namespace) -> Trainer:
     shards = 1 if args.device == "cuda" else min(os.cpu_count() or 1, recipe.batch, 8)
     recipe = replace(recipe, shards=shards)
     if args.init:
-        model, tokenizer = tinyllm.from_pretrained(args.init), load_tokenizer(checkpoints.resolve(args.init))
+        model = tinyllm.from_pretrained(args.init)
+        if not isinstance(model, GPT2):
+            raise InputError(
+                f"{args.init} holds a {type(model).__name__}, and this script trains GPT-2 and GPT-3 only"
+            )
+        tokenizer = load_tokenizer(checkpoints.resolve(args.init))
         if recipe.context > model.context and args.context is None:
             recipe = replace(recipe, context=model.context)
         if recipe.context > model.context:
@@ -193,9 +197,10 @@ def make_trainer(
 ) -> Trainer:
     model.to(args.device, options["dtype"])
     train, validation = token_file.cut(tokens, recipe.context)
+    kind = type(model).__name__.replace("GPT", "GPT-")
     layers, width = model.config.n_layer, model.config.n_embd
     print(f"corpus: {len(train):,} tokens to train on, {len(validation):,} to validate")
-    print(f"model:  GPT-2 with {model.parameter_count():,} parameters, {layers} layers of width {width}")
+    print(f"model:  {kind} with {model.parameter_count():,} parameters, {layers} layers of width {width}")
     print(f"memory: {memory_sum(model.config, recipe, model.dtype.itemsize, args.device)}")
     step = recipe.batch * recipe.context * recipe.accumulate
     print(f"run:    {recipe.steps:,} steps of {step:,} tokens, into {args.out}")

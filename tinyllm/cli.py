@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (InputError, DeviceError) as error:
         sys.exit(_fail(str(error), 2))
+    except MemoryError as error:
+        sys.exit(_fail(f"there is not enough memory: {error or 'choose smaller numbers'}", 2))
     except Diverged as error:
         sys.exit(_fail(str(error), 1))
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -43,11 +46,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def script(name: str) -> str:
-    """The command that runs an example with this Python, for the user to copy."""
+def script(name: str, *words: Any) -> str:
+    """The command that runs an example with this Python, for the user to copy; words quoted as need be."""
     python, here = Path(sys.executable), Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python
-    return f"{shlex.quote(str(python))} examples/{name}.py"
+    return shlex.join(map(str, (python, f"examples/{name}.py", *words)))
 
 
 def parser(text: str) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -278,6 +278,27 @@ def split(text: str, validation_fraction: float = 0.1) -> tuple[str, str]:
 def _check_fraction(fraction: float) -> None:
     if not 0 <= fraction < 1:
         raise InputError(f"a validation fraction of {fraction} is not in [0, 1); use 0.1 or so")
+
+
+def check_lines(faults: Mapping[int, tuple[str | Path, str]]) -> None:
+    """Raise InputError for the first line of a file, if any, with a fault, and say how many lines have one.
+
+    faults: number of the line -> the file, and what is wrong with the line.
+    """
+    if faults:
+        number = min(faults)
+        path, fault = faults[number]
+        more = f" (the first of {len(faults):,} lines to mend)" if len(faults) > 1 else ""
+        raise InputError(f"{path}, line {number} {fault}{more}")
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (B, longest) int64, filled up at their ends, and their lengths (B,)."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    out = np.full((len(rows), lengths.max()), fill, np.int64)
+    for to, row in zip(out, rows):
+        to[: len(row)] = row
+    return out, lengths
 
 
 class Sampler:

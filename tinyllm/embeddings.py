@@ -15,6 +15,7 @@ import tinyllm
 from autograd import Tensor, no_grad
 from autograd.backend import array_module, to_host
 from tinyllm.checkpoints import resolve
+from tinyllm.datasets import padded
 from tinyllm.errors import InputError
 from tinyllm.files import read_json
 from tinyllm.masked import SpecialTokens
@@ -85,7 +86,7 @@ class SentenceEncoder:
         """(vectors (N, C), how many of the texts were cut because they were longer than `longest`).
 
         Raises:
-            InputError: a text is empty, or has no token.
+            InputError: a text is empty, has no token, or is too long and cannot be cut.
         """
         rows = [self._row(number, text) for number, text in enumerate(texts, 1)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -93,11 +94,8 @@ class SentenceEncoder:
         self.model.eval()
         for start in range(0, len(rows), batch):
             some = order[start : start + batch]
-            T = len(rows[some[-1]][0])
-            ids, mask = np.zeros((2, len(some), T), np.int64)
-            for i, number in enumerate(some):
-                row = rows[number][0]
-                ids[i, : len(row)], mask[i, : len(row)] = row, 1
+            ids, lengths = padded([rows[i][0] for i in some])
+            mask = np.arange(ids.shape[1]) < lengths[:, None]
             with no_grad():
                 hidden = self.model.hidden_states(ids, mask)  # (B, T, C)
                 pooled = hidden[:, 0] if self.pooling == "cls" else mean_pooled(hidden, mask)
@@ -115,11 +113,17 @@ class SentenceEncoder:
             row, _ = SpecialTokens.of(self.tokenizer).row(tokens, longest=self.longest)
             return row, len(row) < len(tokens) + 2
         row = self.tokenizer.encode(text)
-        surplus = max(len(row) - self.longest, 0)
-        if surplus:
-            start = next(i for i in range(len(row)) if row[i : i + len(tokens)] == tokens)
-            del row[start + max(len(tokens) - surplus, 0) : start + len(tokens)]
-        return row, surplus > 0
+        surplus = len(row) - self.longest
+        if surplus <= 0:
+            return row, False
+        starts = [i for i in range(len(row)) if row[i : i + len(tokens)] == tokens]
+        if not starts or surplus >= len(tokens):
+            raise InputError(
+                f"text {number} has {len(row)} tokens, with those that the tokenizer puts around it, and "
+                f"cannot be cut to the {self.longest} that the model reads: shorten it"
+            )
+        end = starts[0] + len(tokens)
+        return row[: end - surplus] + row[end:], True
 
 
 def _modules(folder: Path) -> tuple[Path, str]:

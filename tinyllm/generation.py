@@ -124,6 +124,7 @@ def stream(
     """
     prompts = checked_prompts(model, input_ids)
     _check_settings(max_new_tokens, temperature, top_k, top_p)
+    stop = [token for token in stop if token >= 0]  # -1 is NOTHING here
     rng = np.random.default_rng(seed)
     lengths = np.array([len(prompt) for prompt in prompts])
     shortest, end = lengths.min(), lengths.max() + max_new_tokens
@@ -142,7 +143,7 @@ def stream(
             token = sample(reader.logits(), rng, temperature, top_k, top_p)
             reading = lengths > position
             new = np.where(reading | ended, NOTHING, token)
-            ended |= np.isin(new, list(stop))
+            ended |= np.isin(new, stop)
             if (new != NOTHING).any():
                 yield new
             reader.append(np.where(reading, rest[:, min(position, rest.shape[1] - 1)], token))
@@ -274,6 +275,8 @@ def sample(
 def _check_settings(
     max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> None:
+    if not isinstance(max_new_tokens, (int, np.integer)):
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}, but must be a whole number")
     if max_new_tokens < 0 or not 0 <= temperature < math.inf:
         raise InputError("max_new_tokens and temperature must be 0 or more")
     if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):

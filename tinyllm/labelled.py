@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllm.datasets import Document, read_text, split_documents
+from tinyllm.datasets import Document, check_lines, read_text, split_documents
 from tinyllm.errors import InputError
 
 MASK = "package"
@@ -51,18 +51,20 @@ def read_tsv(path: str | Path) -> list[Document]:
     """The texts of a UTF-8 file, plain or .gz, each a line `text<tab>label`; blank lines are skipped.
 
     The label stands after the last tab. A document's name is its text, so equal texts are on one side of a
-    split. Raises InputError naming the line that is none, and for fewer than two labels.
+    split. Raises InputError for fewer than two labels, and for lines that are none, of which it names the
+    first and says how many there are.
     """
-    found = []
+    found, faults = [], {}
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines cuts at signs inside a text
         if not line.strip():
             continue
         text, tab, label = (part.strip() for part in line.rpartition("\t"))
         if "\t" not in line:
-            raise InputError(f"{path}, line {number} has no tab: each line is a text, a tab, and its label")
-        if not text or not label:
-            raise InputError(f"{path}, line {number} has an empty {'label' if text else 'text'}")
+            faults[number] = path, "has no tab: each line is a text, a tab, and its label"
+        elif not text or not label:
+            faults[number] = path, f"has an empty {'label' if text else 'text'}"
         found.append(Document(label, text, text))
+    check_lines(faults)
     if len({document.label for document in found}) < 2:
         raise InputError(f"{path} has less than two labels: there is nothing to tell apart")
     return found
@@ -90,10 +92,12 @@ def split_task(
     sides = split_documents(read, held_out)
     if not all(sides):
         raise InputError(f"{len(read)} texts are too few to hold some out: give more")
-    unseen = {d.label for d in sides[1]} - {d.label for d in sides[0]}
+    unseen = sorted({d.label for d in sides[1]} - {d.label for d in sides[0]})
     if unseen:
+        more = f" and {len(unseen) - 4} more" if len(unseen) > 4 else ""
         raise InputError(
-            f"the label {min(unseen)!r} stands in held-out texts alone: give more of them, or leave it out"
+            f"labels that stand in held-out texts alone: {', '.join(map(repr, unseen[:4]))}{more}; give more "
+            "texts of them, or leave them out"
         )
     number = {name: i for i, name in enumerate(names)}
     train, held = (

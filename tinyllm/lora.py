@@ -18,10 +18,9 @@ keeps its size whatever the rank: rsLoRA (Kalajdzievski 2023).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,10 +29,18 @@ from autograd import Tensor, nn
 from autograd.backend import Array, to_device, to_host
 from tinyllm import peft
 from tinyllm.errors import InputError
+from tinyllm.lora_targets import (
+    ALL_LINEAR,
+    Place,
+    chosen,
+    file_name,
+    learned,
+    one_spelling,
+    places,
+    published_targets,
+)
 from tinyllm.model import CausalModel, PretrainedModel
 from tinyllm.peft import LoRAConfig
-
-ALL_LINEAR = "all-linear"  # every linear map but the output head
 
 
 class LoRALinear(nn.Linear):
@@ -62,17 +69,32 @@ class LoRALinear(nn.Linear):
         low = F.linear(self.dropout(x), self.lora_A)  # (..., r)
         return out + F.linear(low * self.scale, self.lora_B)
 
+    def plain(self) -> nn.Linear:
+        """The map alone, with its weight as it is."""
+        linear = nn.Linear(0, 0)
+        linear.weight, linear.bias, linear.training = self.weight, self.bias, self.training
+        return linear
+
     def merge(self) -> None:
-        """W = W + scale B A."""
+        """W = W + scale B A; InputError if that is done already."""
+        self.expect(merged=False)
         self._add(self.scale)
         self.lora_A = self.lora_B = None
 
     def unmerge(self) -> None:
-        """W = W - scale B A."""
+        """W = W - scale B A; InputError if it is not in W."""
+        self.expect(merged=True)
         for factor in (self.factors.A, self.factors.B):  # the model may have moved meanwhile
             factor.data = to_device(factor.data, self.weight.device).astype(self.weight.dtype, copy=False)
         self._add(-self.scale)
         self.lora_A, self.lora_B = self.factors.A, self.factors.B
+
+    def expect(self, merged: bool) -> None:
+        """Raise InputError unless the adapter is merged, or is not."""
+        if self.is_merged and not merged:
+            raise InputError("the adapters are merged already: lora.unmerge(model) first")
+        if merged and not self.is_merged:
+            raise InputError("the adapters are not merged: lora.merge(model) first")
 
     def _add(self, scale: float) -> None:
         # A new array: a graph, or a state_dict, may hold the old one.
@@ -107,8 +129,9 @@ def apply(
     targets: ends of the maps' published names ("c_attn", "attn.c_proj"), or of ours where no published name
     ends so; a text is a regular expression of whole published names; "all-linear" is every map but the output
     head. rank_pattern, alpha_pattern: another rank or alpha for the maps whose published name ends in what
-    the pattern matches. bias "lora_only" lets the biases of the chosen maps learn too, "all" those of all
-    modules; modules_to_save: ends of published names of modules that learn as a whole.
+    the pattern matches. bias "lora_only" lets the biases of the chosen maps learn too, "all" every tensor
+    whose published name ends in ".bias". modules_to_save: ends of published names of modules that learn as a
+    whole; here a part of a word is an end too, as in PEFT.
 
     A is drawn from U(-1/sqrt(n), 1/sqrt(n)), as PEFT does it, and B is zero, so the model computes what it
     did before, to the bit.
@@ -118,18 +141,17 @@ def apply(
             embedding), a number out of range, or adapters already; the model is unchanged then.
     """
     _check_bare(model)
+    whole = modules_to_save if isinstance(modules_to_save, str) else list(modules_to_save) or None
     config = LoRAConfig(
-        rank, alpha, _published_targets(model, targets), dropout, rslora, bias, list(modules_to_save) or None,
+        rank, alpha, published_targets(model, targets), dropout, rslora, bias, whole,
         dict(rank_pattern or {}), dict(alpha_pattern or {}),
         task_type="CAUSAL_LM" if isinstance(model, CausalModel) else None,
     )  # fmt: skip
-    chosen = _chosen(model, config)
-    modules = [model.published_name(name).rpartition(".")[0] for name in model.state_dict()]
-    published = lambda places: [place.published for place in places]
-    config.check_used(published(chosen), published(_places(model)), modules)
-    rng, state = np.random.default_rng(seed), model.state_dict()
+    adapted, rng, state = chosen(model, config), np.random.default_rng(seed), model.state_dict()
+    modules = [model.published_name(name).rpartition(".")[0] for name in state]
+    config.check_used([p.published for p in adapted], [p.published for p in places(model)], modules)
     arrays = {}
-    for name, shape in _learned(model, config, chosen).items():
+    for name, shape in learned(model, config, adapted).items():
         if name in state:
             arrays[name] = state[name]
         elif name.endswith("lora_A"):
@@ -137,7 +159,7 @@ def apply(
             arrays[name] = rng.uniform(-limit, limit, shape).astype(model.dtype)
         else:
             arrays[name] = np.zeros(shape, model.dtype)
-    _attach(model, config, chosen, arrays)
+    _attach(model, config, adapted, arrays)
     return model
 
 
@@ -176,15 +198,9 @@ def remove(model: PretrainedModel) -> None:
         InputError: no adapters.
     """
     _adapters(model)
-    for place in _places(model):
+    for place in places(model):
         if isinstance(place.linear, LoRALinear):
-            plain = nn.Linear(0, 0)
-            plain.weight, plain.bias, plain.training = (
-                place.linear.weight,
-                place.linear.bias,
-                place.linear.training,
-            )
-            _put(place, plain)
+            place.put(place.linear.plain())
     for parameter in model.parameters():
         parameter.requires_grad = True
     del model.adapter_config
@@ -199,11 +215,11 @@ def save(model: PretrainedModel, folder: str | Path, base: str | None = None) ->
         InputError: no adapters, merged ones, or the disk refuses.
     """
     _adapters(model, merged=False)
-    config, chosen = model.adapter_config, _chosen(model, model.adapter_config)
+    config, adapted = model.adapter_config, chosen(model, model.adapter_config)
     state, tensors = model.state_dict(), {}
-    for name in _learned(model, config, chosen):
-        tensors[_key(model, name, chosen)] = model.as_published(name, to_host(state[name]))
-    transposed = any(model.is_transposed(f"{place.path}.weight") for place in chosen)
+    for name in learned(model, config, adapted):
+        tensors[file_name(model, name, adapted)] = model.as_published(name, to_host(state[name]))
+    transposed = any(model.is_transposed(f"{place.path}.weight") for place in adapted)
     base = base or config.base_model_name_or_path
     peft.write(folder, replace(config, base_model_name_or_path=base).to_published(transposed), tensors)
 
@@ -220,143 +236,20 @@ def load(model: PretrainedModel, folder: str | Path) -> PretrainedModel:
     config = peft.read_config(folder)
     base = config.base_model_name_or_path
     try:
-        chosen = _chosen(model, config)
-        shapes = _learned(model, config, chosen)
+        adapted = chosen(model, config)
+        shapes = learned(model, config, adapted)
     except InputError as error:
         made = f" (it was made for {base!r})" if base else ""
         raise InputError(f"the adapter in {folder} does not fit{made}: {error}") from None
-    weights = peft.read_weights(folder, model.dtype, lambda name: _normal(model, name))
-    keys = {name: _normal(model, _key(model, name, chosen)) for name in shapes}
+    weights = peft.read_weights(folder, model.dtype, lambda name: one_spelling(model, name))
+    keys = {name: one_spelling(model, file_name(model, name, adapted)) for name in shapes}
     expected = {keys[name]: model.published_shape(name, shape) for name, shape in shapes.items()}
     peft.check_fits(weights, expected, type(model).__name__, base)
     arrays = {name: np.empty(shape, model.dtype) for name, shape in shapes.items()}
     for name, array in arrays.items():
         weights.read(keys[name], model.as_published(name, array))
-    _attach(model, config, chosen, arrays)
+    _attach(model, config, adapted, arrays)
     return model
-
-
-class Place(NamedTuple):
-    """A linear map of a model, and where it is: its path, its published name, who holds it by what name."""
-
-    path: str
-    published: str
-    parent: nn.Module
-    name: str
-    linear: nn.Linear
-
-
-def _places(model: PretrainedModel) -> list[Place]:
-    """Of all linear maps."""
-
-    def below(module: nn.Module, prefix: str) -> Iterable[Place]:
-        for name, child in module.children():
-            path = prefix + name
-            if isinstance(child, nn.Linear):
-                published = model.published_name(f"{path}.weight").removesuffix(".weight")
-                yield Place(path, published, module, name, child)
-            yield from below(child, f"{path}.")
-
-    return list(below(model, ""))
-
-
-def _put(place: Place, linear: nn.Linear) -> None:
-    """Let the map's parent hold `linear` in its place."""
-    attribute, _, key = place.name.partition(".")
-    if not key:
-        setattr(place.parent, attribute, linear)
-    else:
-        holder = getattr(place.parent, attribute)
-        holder[int(key) if isinstance(holder, list) else key] = linear
-
-
-def _is_head(model: PretrainedModel, weight: nn.Parameter) -> bool:
-    """Whether it is the output head's weight, which the loss reads by itself, without calling a map."""
-    return weight is getattr(model, "head_weight", None)
-
-
-def _is_tied(model: PretrainedModel, weight: nn.Parameter) -> bool:
-    """Whether it is a table that something else reads too: another embedding, or the output head."""
-    holders = [module for module in model.modules() if getattr(module, "weight", None) is weight]
-    is_table = any(isinstance(module, nn.Embedding) for module in holders)
-    of_bert = getattr(model, "masked_lm", None) is not None and weight is model.token_embedding.weight
-    return is_table and (len(holders) > 1 or of_bert or _is_head(model, weight))
-
-
-def _published_targets(model: PretrainedModel, targets: str | Collection[str]) -> str | list[str]:
-    """targets in published names."""
-    places = [place for place in _places(model) if not _is_head(model, place.linear.weight)]
-    if not places:
-        raise InputError(f"{type(model).__name__} has no linear maps to adapt")
-    if targets == ALL_LINEAR:
-        return [place.published for place in places]
-    if isinstance(targets, str):
-        return targets
-    found: dict[str, None] = {}
-    for target in targets:
-        ours = [place.published for place in places if peft.ends(place.path, target)]
-        is_published = any(peft.ends(place.published, target) for place in places)
-        found |= dict.fromkeys([target] if is_published or not ours else ours)
-    return list(found)
-
-
-def _chosen(model: PretrainedModel, config: LoRAConfig) -> list[Place]:
-    """The maps that the config's target_modules name."""
-    places = _places(model)
-    chosen = [place for place in places if config.targets(place.published)]
-    for place in chosen:
-        if _is_head(model, place.linear.weight):
-            raise InputError(
-                f"{place.published} is the output head, which gets no adapter here: leave it out of the "
-                "targets, or name it in modules_to_save, to learn as a whole"
-            )
-    if not chosen:
-        targets, hint = config.target_modules, ""
-        if isinstance(targets, str):
-            targets, hint = [targets], "; a text is a pattern of whole names: give a list for ends of names"
-        wanted, known = " or ".join(map(repr, targets[:6])), peft.last_words(p.published for p in places)
-        raise InputError(f"{type(model).__name__} has no linear map {wanted}; it has {known}{hint}")
-    return chosen
-
-
-def _learned(model: PretrainedModel, config: LoRAConfig, chosen: list[Place]) -> dict[str, tuple[int, ...]]:
-    """name -> shape of all that learns: A and B of the chosen maps, and what of the model itself."""
-    learned = {}
-    for place in chosen:
-        (m, n), r = place.linear.weight.shape, config.rank(place.published)
-        learned |= {f"{place.path}.lora_A": (r, n), f"{place.path}.lora_B": (m, r)}
-    with_bias = {place.path for place in chosen} if config.bias == "lora_only" else set()
-    for name, parameter in model.named_parameters():
-        if name in learned:
-            continue
-        path, _, kind = name.rpartition(".")
-        module = model.published_name(name).rpartition(".")[0]
-        whole = config.saves(module)
-        if whole and _is_tied(model, parameter):
-            raise InputError(
-                f"modules_to_save names {module}, whose weight is the output head's too: PEFT would part them"
-            )
-        # A bias of no module, as a translator's head has, is a buffer for PEFT, which never learns.
-        biases = module and config.bias == "all"
-        if whole or ("bias" in kind and (biases or path in with_bias)):
-            learned[name] = parameter.shape
-    return learned
-
-
-def _key(model: PretrainedModel, name: str, chosen: list[Place]) -> str:
-    """The name that PEFT's file has for what we call `name`, but for the prefix of all."""
-    module, _, kind = model.published_name(name).rpartition(".")
-    if kind in ("lora_A", "lora_B"):
-        return f"{module}.{kind}.weight"
-    inner = ".base_layer" if module in {place.published for place in chosen} else ""
-    return f"{module}{inner}.{kind}"
-
-
-def _normal(model: PretrainedModel, name: str) -> str:
-    """One spelling of a tensor's name: old files have no base_layer, those of bare models no prefix."""
-    name = name.replace(".base_layer.", ".")
-    known = tuple(published.split(".")[0] + "." for published in model.published_names.values())
-    return model.published_prefix + name if model.published_prefix and name.startswith(known) else name
 
 
 def _check_bare(model: PretrainedModel) -> None:
@@ -375,24 +268,23 @@ def _adapters(model: PretrainedModel, merged: bool | None = None) -> list[LoRALi
         raise InputError(
             "the model has no adapters: lora.apply(model, ...) or lora.load(model, folder) first"
         )
-    if merged is False and found[0].is_merged:
-        raise InputError("the adapters are merged already: lora.unmerge(model) first")
-    if merged is True and not found[0].is_merged:
-        raise InputError("the adapters are not merged: lora.merge(model) first")
+    if merged is not None:
+        for adapter in found:
+            adapter.expect(merged)
     return found
 
 
 def _attach(
-    model: PretrainedModel, config: LoRAConfig, chosen: list[Place], arrays: Mapping[str, Array]
+    model: PretrainedModel, config: LoRAConfig, adapted: list[Place], arrays: Mapping[str, Array]
 ) -> None:
-    """Freeze the model but for what is in `arrays`, and put the adapters there beside the chosen maps."""
+    """Freeze the model but for what is in `arrays`, and put the adapters there beside the maps."""
     device = model.parameters()[0].device
     arrays = {name: to_device(array, device) for name, array in arrays.items()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in arrays
+        parameter.requires_grad, parameter.grad = name in arrays, None
         if name in arrays:
             parameter.data = arrays[name]
-    for place in chosen:
+    for place in adapted:
         A, B = arrays[f"{place.path}.lora_A"], arrays[f"{place.path}.lora_B"]
-        _put(place, LoRALinear(place.linear, A, B, config.scale(place.published), config.lora_dropout))
+        place.put(LoRALinear(place.linear, A, B, config.scale(place.published), config.lora_dropout))
     model.adapter_config = config

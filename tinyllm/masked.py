@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyllm.datasets import padded
 from tinyllm.errors import InputError
 from tinyllm.tokenizers import BytePairTokenizer
 
@@ -66,12 +67,10 @@ class SpecialTokens(NamedTuple):
     def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, attention_mask and token_type_ids, each (B, T), T the longest row's; what follows a row is
         [PAD], with mask and segment 0."""
-        T = max(len(ids) for ids, _ in rows)
-        ids = np.full((len(rows), T), self.pad)
-        mask, segments = np.zeros((2, len(rows), T), np.int64)
-        for i, (row, kinds) in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)], segments[i, : len(row)] = row, 1, kinds
-        return ids, mask, segments
+        ids, lengths = padded([row for row, _ in rows], self.pad)
+        segments, _ = padded([of_row for _, of_row in rows])
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        return ids, mask.astype(np.int64), segments
 
 
 def mask_tokens(

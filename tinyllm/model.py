@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,8 @@ class PretrainedModel(nn.Module):
     published_prefix: ClassVar[str] = ""  # of all names; absent in some old files
     transposed: ClassVar[frozenset[str]] = frozenset()  # our module names, {} for the layer
     ignored: ClassVar[str] = ""  # a pattern of published names that hold nothing learned
+    # From a config.json for the next one: where texts end is no matter of the function, but of who writes.
+    token_ids: Mapping[str, Any] = {}
 
     def published_name(self, name: str) -> str:
         """The published name of one of our parameters: "blocks.3.norm_1.bias" -> "h.3.ln_1.bias"."""
@@ -67,6 +69,7 @@ class PretrainedModel(nn.Module):
                 "tinyllm.from_pretrained(folder) picks the class by itself"
             )
         pretrained.check_types(config, cls.config_class)
+        token_ids = {name: config[name] for name in pretrained.TOKEN_IDS if name in config}
         config = cls.config_class.from_published(config)
         weights = pretrained.read_weights(folder, dtype)
         model = cls._skeleton(config, weights)
@@ -83,6 +86,7 @@ class PretrainedModel(nn.Module):
             weights.read(model.published_name(name), model.as_published(name, array))
             parameter.data = array
         model.check_published(weights)
+        model.token_ids = token_ids
         return model.eval()
 
     @classmethod
@@ -116,8 +120,8 @@ class PretrainedModel(nn.Module):
             self.published_name(name): self.as_published(name, to_host(parameter.data))
             for name, parameter in self.named_parameters()
         }
-        config = {"model_type": self.model_type, **self.config.to_published(), "dtype": str(self.dtype)}
-        pretrained.write_weights(folder, config, tensors)
+        config = {"model_type": self.model_type, **self.token_ids, **self.config.to_published()}
+        pretrained.write_weights(folder, {**config, "dtype": str(self.dtype)}, tensors)
 
     @property
     def dtype(self) -> np.dtype:

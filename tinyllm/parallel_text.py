@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllm.datasets import IGNORE, read_text
+from tinyllm.datasets import IGNORE, check_lines, padded, read_text
 from tinyllm.errors import InputError
 from tinyllm.tokenizers import BytePairTokenizer, train_bpe
-from tinyllm.translation import padded
 
 Pair = tuple[str, str]  # source, target
 Batch = tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (source, lengths, decoder's), targets
@@ -27,33 +26,36 @@ def read_pairs(path: str | Path, target: str | Path | None = None) -> list[Pair]
     one file with those of the other. What a line has behind a second tab is left out.
 
     Raises:
-        InputError: a file that cannot be read, a line without a tab or with nothing on a side, which the
-            message counts, or files with different numbers of lines.
+        InputError: a file that cannot be read, files with different numbers of lines, or lines without a tab
+            or with nothing on a side, of which the message names the first and says how many there are.
     """
     lines = _lines(path)
     if target is None:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise InputError(f"{path}, line {number} is empty: give it a pair, or take it out")
-            if "\t" not in line:
-                raise InputError(
-                    f"{path}, line {number} has no tab: a line is a sentence, a tab, and its translation"
-                )
-        pairs = [tuple(line.split("\t")[:2]) for line in lines]
-        files = (path, path)
+        files, rows = (path, path), [line.split("\t") for line in lines]
     else:
-        others = _lines(target)
+        files, others = (path, target), _lines(target)
         if len(lines) != len(others):
             raise InputError(
                 f"{path} has {len(lines)} lines and {target} {len(others)}: line by line, one file is the "
                 "translation of the other"
             )
-        pairs, files = list(zip(lines, others)), (path, target)
+        rows = list(zip(lines, others))
+    pairs = [tuple(text.strip() for text in row[:2]) for row in rows]
+    faults = {}
     for number, pair in enumerate(pairs, 1):
-        for side, file, text in zip(("source", "target"), files, pair):
-            if not text.strip():
-                raise InputError(f"{file}, line {number} has an empty {side}: give it text, or take it out")
-    return [(source.strip(), target.strip()) for source, target in pairs]
+        if len(pair) < 2 or not all(pair):
+            faults[number] = _fault(pair, files)
+    check_lines(faults)
+    return pairs
+
+
+def _fault(pair: tuple[str, ...], files: tuple[str | Path, str | Path]) -> tuple[str | Path, str]:
+    """In which of the files, and how, a line is no pair."""
+    if len(pair) == 1:
+        fault = "has no tab: a line is a sentence, a tab, and its translation"
+        return files[0], fault if pair[0] else "is empty: give it a pair, or take it out"
+    side = 1 if pair[0] else 0
+    return files[side], f"has an empty {('source', 'target')[side]}: give it text, or take it out"
 
 
 def _lines(path: str | Path) -> list[str]:
@@ -124,16 +126,23 @@ class Tokens(NamedTuple):
 
 
 def encoded(pairs: Iterable[Pair], vocabulary: Vocabulary, most: int) -> list[Tokens]:
-    """The pairs as tokens; InputError for one with a side longer than `most`, which the message quotes."""
-    found = []
-    for source, target in pairs:
-        tokens = Tokens(vocabulary.source(source), vocabulary.tokenizer.encode(target))
-        if tokens.length > most:
-            raise InputError(
-                f"a pair has {tokens.length} tokens on a side, and the model reads {most}: shorten it, leave "
-                f"it out, or take a larger context; it begins {source[:40]!r}"
-            )
-        found.append(tokens)
+    """The pairs as tokens.
+
+    Raises:
+        InputError: pairs with more than `most` tokens on a side. The message says how many there are, and
+            the number of the first, which is that of its line where the pairs are those of a file.
+    """
+    pairs, encode = list(pairs), vocabulary.tokenizer.encode
+    found = [Tokens(vocabulary.source(source), encode(target)) for source, target in pairs]
+    longer = [number for number, tokens in enumerate(found, 1) if tokens.length > most]
+    if longer:
+        first, longest = longer[0], max(tokens.length for tokens in found)
+        begins = pairs[first - 1][0][:40]
+        raise InputError(
+            f"the model reads {most} tokens on a side; {len(longer):,} of {len(found):,} pairs have more, up "
+            f"to {longest}, the first is pair {first} (line {first} of a file), {begins!r}: shorten them, "
+            "leave them out, or take a larger context"
+        )
     return found
 
 

@@ -23,6 +23,10 @@ from tinyllm.pretrained import Weights, check_options, check_types
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BIASES = ("none", "all", "lora_only")
+# A tensor that two modules hold is written twice: its second name -> its first. BERT's head has such a bias.
+TWICE = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+# What may stand in the names of tensors of modules_to_save; the last with the name of the adapter.
+WRAPPERS = ("original_module", "modules_to_save", r"modules_to_save\.[^.]+")
 
 # Options that say nothing about what an adapter computes, or only something beside one that is off.
 HARMLESS = frozenset(
@@ -118,7 +122,7 @@ class LoRAConfig:
 
     def saves(self, module: str) -> bool:
         """Whether the module of that published name, or one that holds it, learns as a whole."""
-        return any(f".{ending}." in f".{module}." for ending in self.modules_to_save or ())
+        return any(_within(module, ending) for ending in self.modules_to_save or ())
 
     def rank(self, module: str) -> int:
         """r of the map of that published name."""
@@ -135,11 +139,10 @@ class LoRAConfig:
         The published names of the maps that get adapters, of all linear maps, and of all modules.
         """
         of_list = [] if isinstance(self.target_modules, str) else self.target_modules
-        part = lambda module, name: f".{name}." in f".{module}."
         match = lambda module, pattern: _first({pattern: True}, module, False)
         for option, names, known, fits in (
             ("target_modules", of_list, maps, ends),
-            ("modules_to_save", self.modules_to_save or [], modules, part),
+            ("modules_to_save", self.modules_to_save or [], modules, _within),
             ("rank_pattern", self.rank_pattern, adapted, match),
             ("alpha_pattern", self.alpha_pattern, adapted, match),
         ):
@@ -151,6 +154,12 @@ class LoRAConfig:
 def ends(name: str, ending: str) -> bool:
     """h.0.attn.c_attn ends in c_attn and in attn.c_attn, but not in attn."""
     return f".{name}".endswith(f".{ending}")
+
+
+def _within(module: str, ending: str) -> bool:
+    """Whether the name of the module, or of one that holds it, has this end: h.0.ln_1 is within h.0, ln_1 and
+    also _1, for here PEFT compares letters and not whole words."""
+    return f"{ending}." in f"{module}."
 
 
 def last_words(names: Iterable[str]) -> str:
@@ -177,7 +186,8 @@ def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def write(folder: str | Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Write both files, whole or not at all."""
-    arrays = {PREFIX + name: array for name, array in tensors.items()}
+    again = {second: tensors[first] for second, first in TWICE.items() if first in tensors}
+    arrays = {PREFIX + name: array for name, array in {**tensors, **again}.items()}
     write_files(folder, {WEIGHTS: array_writer(arrays, {"format": "pt"}), CONFIG: json_writer(config)})
 
 
@@ -194,13 +204,22 @@ def read_config(folder: Path) -> LoRAConfig:
 
 
 def read_weights(folder: Path, dtype: Any, rename: Callable[[str], str]) -> Weights:
-    """The tensors in `folder` under the names rename(name without the prefix).
+    """The tensors in `folder` under the names rename(name without the prefix), each once.
 
-    With bias "all" PEFT writes the biases of modules_to_save under the names of its wrappers too.
+    With bias "all" PEFT writes the biases of modules_to_save again, as those of its wrappers.
+
+    Raises:
+        InputError: a file that is damaged, or that has two values for one tensor.
     """
     file = ArrayFile(folder / WEIGHTS)
-    plain = lambda name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name)
-    places = {name: (file, name) for name in file if plain(name) == name or plain(name) not in file}
+    plain = lambda name: {re.sub(rf"\.{wrapper}\.", ".", name) for wrapper in WRAPPERS} - {name}
+    places = {name: (file, name) for name in file if not any(other in file for other in plain(name))}
+    for second, first in ((PREFIX + second, PREFIX + first) for second, first in TWICE.items()):
+        if first in places and places.pop(second, None):
+            if not np.array_equal(file[first], file[second]):
+                raise InputError(
+                    f"{file.path} has two values for one tensor of the model, {first} and {second}"
+                )
     weights = Weights(folder, places, np.dtype(dtype))
     return weights.renamed(lambda name: rename(name.removeprefix(PREFIX)))
 

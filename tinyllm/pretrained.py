@@ -40,6 +40,7 @@ HARMLESS = frozenset(
     begin_suppress_tokens prefix
 """.split()
 )
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 # Options that any config may carry and that change nothing at these values; a model may allow others.
 HARMLESS_AT: dict[str, Collection[Any]] = {
     "is_decoder": (False,),

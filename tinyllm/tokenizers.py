@@ -63,7 +63,7 @@ def train_bpe(text: str, vocabulary_size: int, progress: Callable = iter) -> "By
             f"a vocabulary of {vocabulary_size} is too small: 256 bytes and {END_OF_TEXT} need 257"
         )
     occurrences = Counter(regex.findall(PATTERN, text))
-    words, times = [list(word.encode()) for word in occurrences], list(occurrences.values())
+    words, times = [list(word.encode(errors="replace")) for word in occurrences], list(occurrences.values())
     count: Counter = Counter()  # of each pair of neighbours, in the whole text
     words_with = defaultdict(set)  # pair -> the words that hold it, or held it once
     for i, word in enumerate(words):

@@ -17,6 +17,8 @@ import pytest
 import tinyllm
 from tinyllm import cli
 from tinyllm.files import read_arrays, write_arrays
+from tinyllm.models import BERT, BERTConfig, LLaMA, LLaMAConfig
+from tinyllm.parallel import DataParallel
 from tinyllm.tokenizers import train_bpe
 
 from .helpers import Result, files, refused, run
@@ -150,7 +152,20 @@ def test_folders_that_hold_no_model(train, generate, tmp_path, book, published, 
             train("--init", tmp_path / name, "--data", book, "--out", tmp_path / "out"), said, tmp_path / name
         )
     refused(generate("no-such-model", "The"), "there is no folder no-such-model", '".[hub]"')
-    assert not (tmp_path / "out").exists()
+    for model in (LLaMA(LLaMAConfig(64, 8, 16, 1, 2)), BERT(BERTConfig(64, 8, 1, 2, 16))):
+        model.save_pretrained(tmp_path / model.model_type)
+        result = train("--init", tmp_path / model.model_type, "--data", book, "--out", tmp_path / "out")
+        refused(result, f"holds a {type(model).__name__}, and this script trains GPT-2 and GPT-3 only")
+        assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory(train, book, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("Unable to allocate 7 TiB")
+
+    monkeypatch.setattr(DataParallel, "gradients", fail)
+    code, _, err = train("--data", book, "--out", tmp_path / "out", "--steps", "1")
+    assert code == 2 and err.endswith("\nerror: there is not enough memory: Unable to allocate 7 TiB\n")
 
 
 # ---- damaged files ---------------------------------------------------------------------------------------

@@ -88,6 +88,27 @@ def test_it_learns_both_tasks(bert, module, tmp_path, monkeypatch):
     assert found["no answer, always"] == [0.0]
 
 
+def test_the_share_of_questions_without_an_answer_is_counted(bert, module, tmp_path, monkeypatch):
+    """Among those held out, not what they are drawn with."""
+    seen = []
+
+    def questions(pool, text, size, seed):
+        batch = original(pool, text, size, seed)
+        if seed[1] == 1:  # held out
+            seen.append(batch[1])
+        return batch
+
+    original = module.questions
+    monkeypatch.setattr(module, "questions", questions)
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    code, out, err = bert("--steps", 1, "--tune", 1, "--out", tmp_path)
+    assert code == 0, err
+    places = np.concatenate(seen)
+    share = 100 * np.mean([tuple(place) == (0, 0) for place in places])
+    assert len(places) == 12 * 64 and share != 100 * module.NO_ANSWER
+    assert shares(out)["no answer, always"] == [pytest.approx(share, abs=0.051)]
+
+
 def test_the_comparison_is_fair(bert, module, tmp_path, monkeypatch):
     """Both starts see the same batches and end with heads that began alike; and pre-training is all that
     sets them apart."""
@@ -150,6 +171,6 @@ def test_help_and_bad_input(bert, module, tmp_path):
         refused(bert("--data", tmp_path / name, "--out", tmp_path), said)
     rare = "".join(f"text {i}\t{'usual' if i % 9 else f'rare{i}'}\n" for i in range(60))
     (tmp_path / "rare.tsv").write_text(rare, encoding="utf-8")
-    refused(bert("--data", tmp_path / "rare.tsv", "--out", tmp_path), "stands in held-out texts alone")
+    refused(bert("--data", tmp_path / "rare.tsv", "--out", tmp_path), "that stand in held-out texts alone")
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     refused(bert("--steps", 1, "--out", tmp_path / "file"), tmp_path / "file")

@@ -95,7 +95,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_that_works(tmp_path, book, laptop_ru
 def test_ctrl_c_before_training_and_a_second_ctrl_c(train, tmp_path, book, monkeypatch, stop_after):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("tinyllm.token_file.train_bpe", lambda *_: signal.raise_signal(signal.SIGINT))
+        # Python may see a signal some steps later; asleep, it sees it at once.
+        interrupted = lambda *_: (signal.raise_signal(signal.SIGINT), time.sleep(5))
+        patch.setattr("tinyllm.token_file.train_bpe", interrupted)
         code, _, err = train("--data", book, "--out", out)
         assert code == 130 and err.splitlines() == ["", "stopped"]
 

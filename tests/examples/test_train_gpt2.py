@@ -161,6 +161,7 @@ def test_the_command_that_continues_keeps_what_a_run_does_not_remember(modules, 
     this = f"{Path('.venv') / 'python'} examples/train_gpt2.py"
     assert again() == f"{this} --resume"
     assert again("--steps", "7", "--out", "a") == f"{this} --out a --resume"
+    assert again("--out", "my runs/a") == f"{this} --out 'my runs/a' --resume"  # as the shell reads it
     words = "--device cuda --save-every 9 --no-fused --resume"
     assert again(*words.split()) == f"{this} {words}"
 

@@ -170,7 +170,12 @@ def test_help_and_bad_input(transformer, module, pairs, tmp_path):
     refused(transformer("--data", pairs, "--target", tmp_path / "bad.tsv", *out), "30 lines", "2")
     (tmp_path / "bad.tsv").write_text("a\tb\n", encoding="utf-8")
     refused(transformer("--data", tmp_path / "bad.tsv", *out), "too few to hold 1 out")
-    refused(transformer("--data", pairs, "--context", 5, *out), "reads 5", "the")
+    refused(transformer("--data", pairs, "--context", 5, *out), "reads 5", "30 of 30", "line 1 of a file")
+    longer = [LINES[0], *(f"{line} again and again and again" for line in LINES[1:3]), *LINES[3:]]
+    (tmp_path / "long.tsv").write_text("\n".join(longer), encoding="utf-8")
+    said = ("2 of 30 pairs", "line 2 of a file", repr(longer[1].split("\t")[0]))
+    bytes_alone = ["--vocabulary", 258, "--context", 36]
+    refused(transformer("--data", tmp_path / "long.tsv", *bytes_alone, *out), *said)
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     refused(transformer("--data", pairs, "--out", tmp_path / "file"), tmp_path / "file")
     assert transformer("--steps", 0).code == transformer("--vocabulary", 257).code == 2

@@ -735,6 +735,31 @@ def test_the_number_of_labels(tmp_path):
     assert "2 misshapen" in one_line(pytest.raises(InputError, tinyllm.from_pretrained, tmp_path))
 
 
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+def test_the_problem_that_we_implement(tmp_path, problem_type):
+    model = make("classes")
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, problem_type=problem_type)
+    assert_identical(tinyllm.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("task", [SequenceClassifier, TokenTagger])
+def test_one_label_has_logits_and_no_loss(tmp_path, task):
+    """As the cross-encoders of sentence-transformers are, with what that library adds to config.json."""
+    model = scramble(task.on(BERT(TINY), ["LABEL_0"]))
+    model.save_pretrained(tmp_path)
+    edit(
+        tmp_path, sbert_ce_default_activation_function="torch.nn.modules.linear.Identity",
+        sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.0.1"},
+    )  # fmt: skip
+    loaded, inputs = tinyllm.from_pretrained(tmp_path), padded()
+    assert_identical(loaded, model)
+    shape = (5, 1) if task is SequenceClassifier else (5, 70, 1)
+    assert loaded(*inputs).logits.shape == shape
+    said = one_line(pytest.raises(InputError, loaded.loss, inputs, np.zeros(shape[:-1], int)))
+    assert "one label has logits but no loss" in said and "regression" in said
+
+
 @pytest.mark.parametrize(
     "option, said",
     [
@@ -761,6 +786,8 @@ def test_the_number_of_labels(tmp_path):
         ({"id2label": {"0": "a", "2": "b"}}, "must name the classes 0, 1, 2, ..."),
         ({"id2label": ["a"]}, "must name the classes"),
         ({"id2label": ..., "num_labels": 0}, "num_labels is 0"),
+        ({"problem_type": "regression"}, "problem_type = 'regression'"),
+        ({"problem_type": "multi_label_classification"}, "problem_type = 'multi_label_classification'"),
         ({"model_type": "gpt2"}, "'gpt2', not 'bert'"),
     ],
     ids=str,

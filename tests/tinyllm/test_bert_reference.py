@@ -280,10 +280,26 @@ def test_a_head_on_the_model_that_transformers_trained(tmp_path):
     np.testing.assert_allclose(model.eval()(*inputs).logits.numpy(), expected, rtol=0, atol=5e-5)
 
 
+def test_a_cross_encoder(tmp_path):
+    """One label, a score: their logits; and their loss, which is regression, we do not have."""
+    theirs = reference("BertForSequenceClassification", num_labels=1)
+    theirs.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    theirs.save_pretrained(tmp_path)
+    ours, inputs = tinyllm.from_pretrained(tmp_path), padded(4, 70)
+    assert ours.config.labels == ("LABEL_0",)
+    assert_same(theirs, ours, inputs, 5e-5)
+    assert_same(read_back(theirs, ours, tmp_path / "again"), ours, inputs, 5e-5)
+    assert "no loss" in one_line(pytest.raises(tinyllm.InputError, ours.loss, inputs, np.zeros(4, int)))
+    call(theirs, inputs, labels=np.zeros(4, np.float32))
+    assert theirs.config.problem_type == "regression"
+
+
 @pytest.mark.parametrize(
     "option",
     [
         {"hidden_act": "relu"},
+        {"problem_type": "regression"},
+        {"problem_type": "multi_label_classification"},
         {"hidden_act": "gelu_new"},
         {"is_decoder": True},
         {"tie_word_embeddings": False},

@@ -150,6 +150,27 @@ def test_long_texts_are_cut_and_counted(published, tmp_path):
     assert was_cut and len(row) == 30 and encoder.encode(["the class " * 50, "a"])[1] == 1
 
 
+def test_long_texts_that_cannot_be_cut(published):
+    """Where what is around a text leaves no room for it, or comes in the middle of it."""
+    encoder = SentenceEncoder.from_pretrained(published)
+    encoder.longest = 3
+    assert len(encoder._row(1, "the class")[0]) == 3
+    encoder.longest = 2
+    said = "text 1 has 3 tokens, with those that the tokenizer puts around it, and cannot be cut to the 2"
+    assert said in one_line(pytest.raises(InputError, encoder.encode, ["t"]))
+    pipeline = json.loads((published / "tokenizer.json").read_text(encoding="utf-8"))
+    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
+    pipeline["post_processor"] = {
+        "type": "TemplateProcessing", "single": [text, end, text, end], "pair": [text],
+        "special_tokens": {"[SEP]": {"id": "[SEP]", "ids": [3], "tokens": ["[SEP]"]}},
+    }  # fmt: skip
+    (published / "tokenizer.json").write_text(json.dumps(pipeline), encoding="utf-8")
+    encoder = SentenceEncoder.from_pretrained(published)
+    row, _ = encoder._row(1, "t")
+    encoder.longest = len(row) - 1
+    assert f"text 1 has {len(row)} tokens" in one_line(pytest.raises(InputError, encoder.encode, ["t"]))
+
+
 @pytest.mark.parametrize("text", ["", "  \n "])
 def test_empty_texts(published, text):
     encoder = SentenceEncoder.from_pretrained(published)

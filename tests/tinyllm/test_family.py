@@ -17,6 +17,7 @@ from tinyllm.errors import InputError
 from tinyllm.generation import beam_search
 from tinyllm.model import CausalModel
 from tinyllm.parallel import DataParallel
+from tinyllm.pretrained import read_config
 
 from .folders import assert_identical, edit, one_line, stored
 from .tiny import TINY, assert_gradients_are_derivatives, fresh, tokens
@@ -414,6 +415,16 @@ def test_saving_and_loading_is_the_identity(tmp_path, model, dtype):
     if dtype == np.float32:
         ids = tokens(model, 2, length(model))
         assert np.array_equal(loaded(ids).numpy(), model(ids).numpy())
+
+
+def test_the_ids_of_tokens_come_back(tmp_path, model):
+    """They change no number, but who writes a text with the model asks config.json where it ends."""
+    ids = {"bos_token_id": 4, "eos_token_id": [5, 6], "pad_token_id": None}
+    model.save_pretrained(tmp_path / "a")
+    own = read_config(tmp_path / "a")
+    edit(tmp_path / "a", **ids)
+    tinyllm.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert read_config(tmp_path / "b") == {**own, **ids}
 
 
 @pytest.mark.parametrize("stored_as", [np.float16, ml_dtypes.bfloat16])

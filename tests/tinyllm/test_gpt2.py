@@ -234,6 +234,19 @@ def test_options_that_are_understood(saved):
     assert_identical(GPT2.from_pretrained(folder), model)
 
 
+def test_the_options_of_published_files(saved):
+    """What the files of gpt2 ... gpt2-xl and of models trained from them carry beside the sizes."""
+    folder, model = saved
+    edit(
+        folder, architectures=["GPT2LMHeadModel"], bos_token_id=50256, eos_token_id=50256, n_special=0,
+        predict_special_tokens=True, summary_activation=None, summary_first_dropout=0.1, output_past=True,
+        summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True, is_decoder=True,
+        finetuning_task=None, num_labels=1, torchscript=False, use_bfloat16=False, pruned_heads={},
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+    )  # fmt: skip
+    assert_identical(GPT2.from_pretrained(folder), model)
+
+
 def test_the_options_left_out_are_those_of_the_smallest_model():
     assert GPT2Config.from_published({"model_type": "gpt2"}) == SIZES["gpt2"]
     for n_inner, width in ((None, 96), (40, 40), (96, 96)):

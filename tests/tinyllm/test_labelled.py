@@ -45,7 +45,13 @@ def test_a_table_is_read(tmp_path):
 def test_tables_that_are_none(tmp_path, text, said):
     path = write(tmp_path, text)
     message = one_line(pytest.raises(InputError, read_tsv, path))
-    assert said in message and "data.tsv" in message
+    assert said in message and "data.tsv" in message and "lines to mend" not in message
+
+
+def test_bad_lines_are_counted(tmp_path):
+    path = write(tmp_path, "good\tpos\n\n\tneg\nno tab\nbad\t\nbad\tneg\n")
+    message = one_line(pytest.raises(InputError, read_tsv, path))
+    assert "line 3 has an empty text (the first of 3 lines to mend)" in message
 
 
 def many(count=200, labels="ab"):
@@ -84,10 +90,11 @@ def test_tasks_that_are_none():
     said = lambda found: one_line(pytest.raises(InputError, split_task, found, encode, 99))
     assert "too few" in said(many(1))
     assert "too few" in said([])
-    held = {bytes(t).decode() for t in split_task(many(), encode, 99).held_out.tokens}
-    rare = next(d for d in many() if d.text in held)._replace(label="rare")
-    message = said([rare if d.text == rare.text else d for d in many()])
-    assert "the label 'rare' stands in held-out texts alone" in message
+    held = [bytes(t).decode() for t in split_task(many(), encode, 99).held_out.tokens]
+    for count, names in ((1, "alone: 'rare 0'; "), (3, "alone: 'rare 0', 'rare 1', 'rare 2'; "),
+                         (6, "'rare 3' and 2 more; ")):  # fmt: skip
+        rare = {text: f"rare {i}" for i, text in enumerate(held[:count])}
+        assert names in said([d._replace(label=rare.get(d.text, d.label)) for d in many()])
 
 
 def test_names_are_masked_and_only_frequent_public_labels_stay():

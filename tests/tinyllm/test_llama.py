@@ -155,6 +155,11 @@ def test_the_cache_holds_key_heads_only():
     assert sizes == {heads: 2 * 2 * 2 * 10 * heads * 4 * 4 for heads in (6, 3, 1)}
 
 
+def test_every_norm_has_the_eps_of_the_config():
+    norms = [module for module in LLaMA(ODD).modules() if isinstance(module, nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [ODD.rms_norm_eps] * (2 * ODD.num_hidden_layers + 1)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_window(fused):
     """The hook for Mistral: with windows of 5 in both layers, 9 positions matter, itself among them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from copy import deepcopy
 
@@ -68,6 +69,10 @@ ADAPTERS = {
             "modules_to_save": ["ln_f", "h.2.attn"],  # with a square matrix that they store transposed
         },
     ),
+    "gpt2, a module of modules, all biases": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["1.mlp"]},
+    ),
     "gpt2, a pattern, all biases": ("gpt2", {"target_modules": r".*\.[01]\.attn\.c_proj", "bias": "all"}),
     "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
     "llama, all-linear, head and embedding": (
@@ -76,6 +81,10 @@ ADAPTERS = {
             "target_modules": "all-linear", "use_rslora": True, "task_type": "CAUSAL_LM",
             "modules_to_save": ["lm_head", "embed_tokens"],
         },
+    ),
+    "llama, all norms by the end of their names": (
+        "llama",
+        {"target_modules": ["down_proj"], "modules_to_save": ["norm"], "bias": "all"},
     ),
     "rwkv": (
         "rwkv",
@@ -121,6 +130,25 @@ def folders(name, tmp_path_factory):
 
 def ours_of(base, adapter, dtype=np.float32):
     return lora.load(tinyllm.from_pretrained(base, dtype), adapter)
+
+
+def written(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def without_copies(arrays):
+    """But for the biases that PEFT writes once more, under the names of its wrappers."""
+    return {
+        name: a for name, a in arrays.items() if not re.search(r"\.(modules_to_save|original_module)\.", name)
+    }
+
+
+def moved(ours):
+    """All that learns, at random."""
+    rng = np.random.default_rng(0)
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + rng.normal(0, 0.3, parameter.shape).astype(np.float32)
 
 
 def in_precision(theirs, ours, dtype, monkeypatch):
@@ -177,7 +205,7 @@ def test_peft_reads_what_we_write(folders, tmp_path):
     theirs, base, adapter = folders
     ours = ours_of(base, adapter)
     lora.save(ours, tmp_path, base=str(base))
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, adapter))
+    found, expected = written(tmp_path), without_copies(written(adapter))
     assert found.keys() == expected.keys()
     for key, array in expected.items():
         assert found[key].dtype == array.dtype and np.array_equal(found[key], array), key
@@ -207,10 +235,7 @@ def test_peft_reads_an_adapter_that_began_here(kind, tmp_path):
     target = {"gpt2": "query_key_value", "llama": "query", "rwkv": "time_mix.output"}[kind]
     pattern = {"gpt2": r"0\.attn\.c_attn", "llama": r"0\..*q_proj", "rwkv": r"0.attention.output"}[kind]
     lora.apply(ours, 3, 5, [target], rslora=True, bias="all", rank_pattern={pattern: 2}, dropout=0.2)
-    rng = np.random.default_rng(0)
-    for parameter in ours.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data + rng.normal(0, 0.3, parameter.shape).astype(np.float32)
+    moved(ours)
     lora.save(ours, tmp_path / "adapter")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
@@ -228,6 +253,48 @@ def test_peft_reads_an_adapter_that_began_here(kind, tmp_path):
 
 def paths(ours):
     return [name.removesuffix(".lora_A") for name, _ in ours.named_parameters() if name.endswith("lora_A")]
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 20}
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (
+            transformers.OpenAIGPTLMHeadModel,
+            transformers.OpenAIGPTConfig(
+                vocab_size=VOCABULARY, n_positions=20, n_embd=12, n_layer=2, n_head=2, resid_pdrop=0.0,
+                embd_pdrop=0.0, attn_pdrop=0.0,
+            ),
+        ),
+        (
+            transformers.MistralForCausalLM,
+            transformers.MistralConfig(
+                num_key_value_heads=2, max_position_embeddings=20, sliding_window=5, **SMALL, **NO_TOKENS
+            ),
+        ),
+        (
+            transformers.LlamaForCausalLM,
+            transformers.LlamaConfig(
+                max_position_embeddings=20, tie_word_embeddings=True, mlp_bias=True, **SMALL, **NO_TOKENS
+            ),
+        ),
+    ],
+    ids=["gpt1", "mistral", "llama with a tied head"],
+)  # fmt: skip
+def test_the_rest_of_the_family(kind, config, tmp_path):
+    """Read from PEFT and by PEFT again, to the bit."""
+    base = scrambled(kind, config)
+    base.save_pretrained(tmp_path / "base")
+    options = {"target_modules": "all-linear", "bias": "all", "modules_to_save": ["1.mlp"]}
+    theirs = adapted(base, use_rslora=True, **options)
+    ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter"))
+    expected = assert_same_logits(theirs, ours, IDS, 2e-5)
+    lora.save(ours, tmp_path / "again")
+    again = logits_of(read_by_peft(kind, tmp_path), IDS)
+    np.testing.assert_allclose(again, expected, rtol=0, atol=2e-5)
+    assert np.array_equal(again, logits_of(theirs, IDS))
 
 
 def test_an_adapter_of_the_bare_model(tmp_path):
@@ -303,24 +370,18 @@ def test_another_kind_of_adapter_is_refused(tmp_path):
     assert "IA3" in one_line(pytest.raises(InputError, lora.load, ours, tmp_path / "adapter"))
 
 
-def test_an_encoder_with_a_head_that_learns_as_a_whole(tmp_path):
-    """For classification PEFT adds the names of heads by itself, also of one that BERT has not."""
-    config = transformers.BertConfig(
+# Encoders and translators
+
+
+def bert_config(**options):
+    return transformers.BertConfig(
         vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=20, max_position_embeddings=20, num_labels=3,
+        intermediate_size=20, max_position_embeddings=20, **options,
     )  # fmt: skip
-    base = scrambled(transformers.BertForSequenceClassification, config)
-    base.save_pretrained(tmp_path / "base")
-    theirs = adapted(base, target_modules=["query", "value"], task_type="SEQ_CLS", bias="all")
-    ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter")).eval()
-    assert ours.adapter_config.modules_to_save == ["classifier", "score"]
-    expected = logits_of(theirs, IDS)
-    np.testing.assert_allclose(ours(IDS).logits.numpy(), expected, rtol=0, atol=2e-5)
-    lora.save(ours, tmp_path / "again")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again")]
-    extra = {f"base_model.model.classifier.{part}.bias" for part in ("modules_to_save", "original_module")}
-    assert files[0].keys() == files[1].keys() | extra  # copies
-    assert all(np.array_equal(files[0][key], array) for key, array in files[1].items())
+
+
+def masked_bert():
+    return scrambled(transformers.BertForMaskedLM, bert_config())
 
 
 def marian():
@@ -333,18 +394,84 @@ def marian():
     return scrambled(transformers.MarianMTModel, config)
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
+def read_by_peft(kind, folder):
+    """PEFT's model of the base and the adapter in `folder`, which is asked to say if it misses anything."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(folder / "base"), folder / "again")
+    assert not [str(warning.message) for warning in said if "adapter keys" in str(warning.message)]
+    return theirs.eval()
+
+
+def test_an_encoder_with_a_head_that_learns_as_a_whole(tmp_path):
+    """For classification PEFT adds the names of heads by itself, also of one that BERT has not."""
+    base = scrambled(transformers.BertForSequenceClassification, bert_config(num_labels=3))
+    base.save_pretrained(tmp_path / "base")
+    theirs = adapted(base, target_modules=["query", "value"], task_type="SEQ_CLS", bias="all")
+    ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter")).eval()
+    assert ours.adapter_config.modules_to_save == ["classifier", "score"]
+    expected = logits_of(theirs, IDS)
+    np.testing.assert_allclose(ours(IDS).logits.numpy(), expected, rtol=0, atol=2e-5)
+    lora.save(ours, tmp_path / "again")
+    files = [written(tmp_path / name) for name in ("adapter", "again")]
+    extra = {f"base_model.model.classifier.{part}.bias" for part in ("modules_to_save", "original_module")}
+    assert files[0].keys() == files[1].keys() | extra  # copies
+    assert all(np.array_equal(files[0][key], array) for key, array in files[1].items())
+    again = read_by_peft(transformers.BertForSequenceClassification, tmp_path)
+    np.testing.assert_allclose(logits_of(again, IDS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [None, ["transform"]], ids=str)
+def test_the_bias_of_a_masked_language_model(tmp_path, whole):
+    """It is a bias of two modules, and learns as one: PEFT writes it under both names."""
+    base = masked_bert()
+    base.save_pretrained(tmp_path / "base")
+    theirs = adapted(base, target_modules=["query", "dense"], bias="all", modules_to_save=whole)
+    ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter"))
+    expected = logits_of(theirs, IDS)
+    np.testing.assert_allclose(ours(IDS).prediction_logits.numpy(), expected, rtol=0, atol=5e-5)
+    head = theirs.base_model.model.cls.predictions
+    assert head.bias is head.decoder.bias and head.bias.requires_grad
+    assert np.array_equal(ours.masked_lm.bias.numpy(), head.bias.detach().numpy())
+    assert not np.array_equal(ours.masked_lm.bias.numpy(), base.cls.predictions.bias.detach().numpy())
+    lora.save(ours, tmp_path / "again")
+    found, files = written(tmp_path / "again"), written(tmp_path / "adapter")
+    assert found.keys() == without_copies(files).keys()
+    assert (len(found) < len(files)) == (whole is not None)
+    assert all(np.array_equal(files[key], array) for key, array in found.items())
+    again = read_by_peft(transformers.BertForMaskedLM, tmp_path)
+    np.testing.assert_allclose(logits_of(again, IDS), expected, rtol=0, atol=1e-6)
+
+
+def test_peft_reads_a_bert_that_was_adapted_here(tmp_path):
+    """All linear maps, all biases, and as a whole what of the head it shares with nothing."""
+    masked_bert().save_pretrained(tmp_path / "base")
+    ours = tinyllm.from_pretrained(tmp_path / "base")
+    lora.apply(ours, 2, 3, rslora=True, bias="all", modules_to_save=["transform"])
+    moved(ours)
+    lora.save(ours, tmp_path / "again")
+    again = read_by_peft(transformers.BertForMaskedLM, tmp_path)
+    np.testing.assert_allclose(logits_of(again, IDS), ours(IDS).prediction_logits.numpy(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_a_translator(tmp_path, bias):
+    """final_logits_bias is no parameter for PEFT, so it stays the base's, whatever `bias` says."""
     marian().save_pretrained(tmp_path / "base")
     base = transformers.MarianMTModel.from_pretrained(tmp_path / "base")  # its positions as they were
     theirs = adapted(base, target_modules=["q_proj", "v_proj", "fc1"], task_type="SEQ_2_SEQ_LM", bias=bias)
     ours = ours_of(tmp_path / "base", saved(theirs, tmp_path / "adapter")).eval()
     source, target = (np.random.default_rng(seed).integers(2, VOCABULARY, (2, 9)) for seed in (0, 1))
-    expected = logits_of(theirs, source, decoder_input_ids=torch.from_numpy(target))
+    options = {"decoder_input_ids": torch.from_numpy(target)}
+    expected = logits_of(theirs, source, **options)
     np.testing.assert_allclose(ours(source, target).numpy(), expected, rtol=0, atol=2e-5)
+    assert not ours.logits_bias.requires_grad
     lora.save(ours, tmp_path / "again")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again")]
+    files = [written(tmp_path / name) for name in ("adapter", "again")]
     assert files[0].keys() == files[1].keys()
+    assert all(np.array_equal(files[0][key], array) for key, array in files[1].items())
+    again = read_by_peft(transformers.MarianMTModel, tmp_path)
+    np.testing.assert_allclose(logits_of(again, source, **options), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -358,12 +485,4 @@ def test_a_table_that_the_head_reads_too_is_refused_as_peft_writes_it(kind, targ
     error = pytest.raises(
         InputError, lora.load, tinyllm.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
-    assert f"{table}, whose weight is the output head's too" in one_line(error)
-
-
-def masked_bert():
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=20, max_position_embeddings=20,
-    )  # fmt: skip
-    return scrambled(transformers.BertForMaskedLM, config)
+    assert f"{table}, whose table another module has too" in one_line(error)

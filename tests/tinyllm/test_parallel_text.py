@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tinyllm.datasets import padded
 from tinyllm.errors import InputError
 from tinyllm.parallel_text import (
     PairSampler,
@@ -22,7 +23,6 @@ from tinyllm.parallel_text import (
     scores,
     split_pairs,
 )
-from tinyllm.translation import padded
 
 from .folders import one_line
 
@@ -78,7 +78,17 @@ def test_read_pairs(tmp_path):
 def test_bad_pairs(tmp_path, text, said):
     path = write(tmp_path, "pairs.tsv", text)
     message = one_line(pytest.raises(InputError, read_pairs, path))
-    assert said in message and "pairs.tsv" in message
+    assert said in message and "pairs.tsv" in message and "lines to mend" not in message
+
+
+def test_bad_lines_are_counted(tmp_path):
+    """So that nobody mends them one by one, whatever is wrong with each."""
+    path = write(tmp_path, "pairs.tsv", "a\tb\nc\n\n \td\ne\tf\ng\t\n")
+    message = one_line(pytest.raises(InputError, read_pairs, path))
+    assert "pairs.tsv, line 2 has no tab" in message and "the first of 4 lines to mend" in message
+    one, two = write(tmp_path, "one", "a\nb\n\nd\n"), write(tmp_path, "two", "x\n\nz\n\n")
+    message = one_line(pytest.raises(InputError, read_pairs, one, two))
+    assert "two, line 2 has an empty target" in message and "the first of 3 lines to mend" in message
 
 
 def test_bad_files_side_by_side(tmp_path):
@@ -119,9 +129,11 @@ def test_the_vocabulary(vocabulary):
 def test_sentences_that_are_too_long(vocabulary):
     (pair,) = encoded([("aaa", "bbbbb")], vocabulary, 6)
     assert len(pair.source) == 4 and len(pair.target) == 5 and pair.length == 6
-    for short_by_one in (("aaa", "bbbbb"), ("zqzqz", "b")):
-        message = one_line(pytest.raises(InputError, encoded, [("a", "b"), short_by_one], vocabulary, 5))
-        assert "6 tokens" in message and repr(short_by_one[0]) in message
+    for longer in (("aaa", "bbbbb"), ("zqzqz", "b")):
+        pairs = [("a", "b"), longer, ("b", "a"), ("zqzqzqz", "b")]
+        message = one_line(pytest.raises(InputError, encoded, pairs, vocabulary, 5))
+        assert "reads 5 tokens" in message and "2 of 4 pairs have more, up to 8" in message
+        assert f"pair 2 (line 2 of a file), {longer[0]!r}" in message
 
 
 def test_collate(vocabulary):
@@ -137,6 +149,7 @@ def test_collate(vocabulary):
 def test_padded():
     ids, lengths = padded([[1, 2], [3]], fill=9)
     assert ids.tolist() == [[1, 2], [3, 9]] and lengths.tolist() == [2, 1]
+    assert ids.dtype == lengths.dtype == np.int64
 
 
 def content(batch):

@@ -238,13 +238,21 @@ def test_a_checkpoint_is_taken_up_only_by_its_own_run(make, tmp_path):
     other.optimizer.groups.pop()
     with pytest.raises(InputError, match="does not hold the state of this run"):
         other.resume(folder)
-    for change in ({"step": 7}, {"validation": [1, 2]}, {"validation": None}, {"step": "8"}):
+    position = checkpoints.read_json(folder / "training.json")["sampler_position"]
+    assert position == 8 * trainer.recipe.accumulate
+    for change in (
+        {"step": 7},
+        {"sampler_position": 7},
+        {"validation": [1, 2]},
+        {"validation": None},
+        {"step": "8"},
+    ):
         training = {**checkpoints.read_json(folder / "training.json"), **change}
         checkpoints.write_json(folder / "training.json", training)
         with pytest.raises(InputError, match="does not hold the state of this run"):
             make(out=tmp_path / "again").resume(folder)
-        training = {**training, "step": 8, "validation": trainer.progress.validation}
-        checkpoints.write_json(folder / "training.json", training)
+        whole = {"step": 8, "sampler_position": position, "validation": trainer.progress.validation}
+        checkpoints.write_json(folder / "training.json", {**training, **whole})
 
 
 def test_the_picture_of_the_loss(tokenizer, tokens, tmp_path):

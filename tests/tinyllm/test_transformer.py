@@ -16,11 +16,11 @@ from safetensors.numpy import save, save_file
 import autograd.functional as F
 import tinyllm
 from autograd import Tensor, backend, gradcheck, nn, no_grad, optim
+from tinyllm.datasets import padded
 from tinyllm.errors import InputError
 from tinyllm.models import Transformer, TransformerConfig
 from tinyllm.models.transformer import SIZES, learning_rate, positions
 from tinyllm.parallel import DataParallel
-from tinyllm.translation import padded
 
 from .folders import assert_identical, edit, one_line, stored
 from .tiny import scramble

@@ -10,12 +10,14 @@ first. A segment embedding tells the two apart; [CLS] stands before them and col
     pooled  = tanh(h_L[0] W_p^T + b_p)                          at [CLS]
     tokens  = norm(gelu(h_L W_t^T + b_t)) token_embedding^T + b
     follows = pooled W_n^T + b_n                                class 0: it did, 1: it did not
+
+The tasks: bert_tasks.py. The published files: tinyllm/bert_files.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,30 +27,19 @@ import autograd.functional as F
 from autograd import Tensor, nn, no_grad
 from autograd.backend import Array, array_module
 from tinyllm.attention import MultiHeadAttention, lengths_of
+from tinyllm.bert_files import (
+    ARCHITECTURES,
+    HEADS,
+    BERTFiles,
+    architecture_of,
+    bert_options,
+    published_options,
+)
 from tinyllm.checkpoints import resolve
 from tinyllm.errors import InputError
-from tinyllm.model import PretrainedModel
-from tinyllm.pretrained import Weights, check_options, read_config, refuse_unknown
+from tinyllm.pretrained import check_options, read_config
 
-# What may stand on the encoder beside a task's head -> how its tensors' published names begin.
-HEADS = {"pooler": "pooler.", "masked_lm": "cls.predictions.", "next_sentence": "cls.seq_relationship."}
-# The published architectures, and the heads that each needs.
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "BertModel": (),
-    "BertForPreTraining": ("pooler", "masked_lm", "next_sentence"),
-    "BertForMaskedLM": ("masked_lm",),
-    "BertForNextSentencePrediction": ("pooler", "next_sentence"),
-    "BertForSequenceClassification": ("pooler",),
-    "BertForTokenClassification": (),
-    "BertForQuestionAnswering": (),
-}
 TASKS: dict[str, Any] = {}  # architecture -> the class of its task, filled by bert_tasks.py
-OURS = {"architecture", "heads", "labels"}  # of a config: published under other names, or not at all
-# Options in published files that say nothing about the model, at the values that they have there.
-IDLE: dict[str, list[Any]] = {
-    "directionality": ["bidi"], "pooler_type": ["first_token_transform"], "pooler_fc_size": [768],
-    "pooler_num_attention_heads": [12], "pooler_num_fc_layers": [3], "pooler_size_per_head": [128],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,46 +89,11 @@ class BERTConfig:
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> BERTConfig:
         """From the contents of a config.json; InputError for an option that we do not implement."""
-        fields = cls.__dataclass_fields__.keys() - OURS
-        only = {
-            "model_type": ["bert"],
-            "hidden_act": ["gelu"],  # the exact one, with erf
-            "position_embedding_type": ["absolute"],
-            "tie_word_embeddings": [True],
-        }
-        refuse_unknown(config, read=fields, only=only | IDLE)
-        options = {name: config[name] for name in fields if name in config}
-        architecture = _architecture(config)
-        return cls(**options, architecture=architecture, labels=_labels(config, architecture))
+        return cls(**bert_options(config, cls.__dataclass_fields__.keys()))
 
     def to_published(self) -> dict[str, Any]:
         """The options for a config.json."""
-        options = {name: value for name, value in asdict(self).items() if name not in OURS}
-        if self.labels:
-            options["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-            options["label2id"] = {label: i for i, label in enumerate(self.labels)}
-        return {"architectures": [self.architecture], "hidden_act": "gelu", **options}
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    """The first of config.json's architectures; in files without any, what the tensors tell is enough."""
-    names = config.get("architectures") or ["BertModel"]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise InputError(f"architectures is {names!r}, but must be a list of names")
-    return names[0]
-
-
-def _labels(config: Mapping[str, Any], architecture: str) -> tuple[str, ...]:
-    """The classes of a task's head; two, and without names, where config.json says nothing."""
-    if architecture not in ("BertForSequenceClassification", "BertForTokenClassification"):
-        return ()
-    count = config.get("num_labels", 2)
-    if type(count) is not int or not 1 <= count < 1 << 20:
-        raise InputError(f"num_labels is {count!r}, but must be a whole number of 1 or more")
-    names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
-    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
-        raise InputError(f"id2label is {str(names)[:80]}, but must name the classes 0, 1, 2, ...")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
+        return published_options(asdict(self))
 
 
 # Section 3, "Model Architecture"; the published files fix the vocabularies.
@@ -199,36 +155,10 @@ class Output(NamedTuple):
     logits: Tensor | None = None  # of a task's head
 
 
-class BERT(PretrainedModel):
+class BERT(BERTFiles):
     """BERT(config, seed): weights drawn from the seed; seed None leaves them zero, to be loaded."""
 
-    model_type = "bert"
     config_class = BERTConfig
-    published_names = {
-        "token_embedding": "bert.embeddings.word_embeddings",
-        "position_embedding": "bert.embeddings.position_embeddings",
-        "segment_embedding": "bert.embeddings.token_type_embeddings",
-        "norm": "bert.embeddings.LayerNorm",
-        "blocks.{}.attention.query": "bert.encoder.layer.{}.attention.self.query",
-        "blocks.{}.attention.key": "bert.encoder.layer.{}.attention.self.key",
-        "blocks.{}.attention.value": "bert.encoder.layer.{}.attention.self.value",
-        "blocks.{}.attention.projection": "bert.encoder.layer.{}.attention.output.dense",
-        "blocks.{}.norm_1": "bert.encoder.layer.{}.attention.output.LayerNorm",
-        "blocks.{}.mlp.expand": "bert.encoder.layer.{}.intermediate.dense",
-        "blocks.{}.mlp.projection": "bert.encoder.layer.{}.output.dense",
-        "blocks.{}.norm_2": "bert.encoder.layer.{}.output.LayerNorm",
-        "pooler": "bert.pooler.dense",
-        "masked_lm": "cls.predictions",
-        "masked_lm.transform": "cls.predictions.transform.dense",
-        "masked_lm.norm": "cls.predictions.transform.LayerNorm",
-        "next_sentence": "cls.seq_relationship",
-        "classifier": "classifier",
-        "span": "qa_outputs",
-    }
-    # The numbers 0, 1, 2, ...; the tied matrix and its bias under a second name.
-    ignored = r"(bert\.)?embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)"
-    # Of the file that is being read: whether names begin with "bert.", and norms have gamma and beta.
-    _spelling: tuple[bool, bool] | None = None
 
     def __init__(self, config: BERTConfig, seed: int | None = 0) -> None:
         if TASKS.get(config.architecture, BERT) is not type(self):
@@ -344,12 +274,10 @@ class BERT(PretrainedModel):
         logits = self.next_sentence(self._pool(hidden))
         return loss, F.cross_entropy(logits, follows[0], reduction=reduction)
 
-    # Published files
-
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: Any = np.float32) -> Any:
         """As `PretrainedModel.from_pretrained`; a folder of a task gives the class of that task."""
-        architecture = _architecture(read_config(resolve(folder)))
+        architecture = architecture_of(read_config(resolve(folder)))
         kind = TASKS.get(architecture, BERT)
         if not issubclass(kind, cls):
             raise InputError(
@@ -357,39 +285,6 @@ class BERT(PretrainedModel):
                 f"tinyllm.from_pretrained, and {cls.__name__}.on(model, ...) gives it the new head"
             )
         return super(BERT, kind).from_pretrained(folder, dtype)
-
-    @classmethod
-    def _skeleton(cls, config: BERTConfig, weights: Weights) -> Any:
-        """Files may hold more heads than their architecture needs: the first ones, called BertForMaskedLM,
-        have all of pre-training, and many a BertModel has no pooler."""
-        names = [name.removeprefix("bert.") for name in weights]
-        found = tuple(head for head, start in HEADS.items() if any(n.startswith(start) for n in names))
-        model = super()._skeleton(replace(config, heads=config.heads + found), weights)
-        old = any(name.endswith("LayerNorm.gamma") for name in weights)
-        model._spelling = any(name.startswith("bert.") for name in weights), old
-        return model
-
-    def published_name(self, name: str) -> str:
-        """The published name of one of our parameters: "pooler.bias" -> "bert.pooler.dense.bias"."""
-        prefix, old = self._spelling or (self.config.architecture != "BertModel", False)
-        name = super().published_name(name)
-        if old and ".LayerNorm." in name:
-            name = name.replace(".weight", ".gamma").replace(".bias", ".beta")
-        return name if prefix else name.removeprefix("bert.")
-
-    def check_published(self, weights: Weights) -> None:
-        """Raise InputError if the file has an output matrix or bias other than those that are tied."""
-        self._spelling = None
-        if self.masked_lm is None:
-            return
-        tied = {"weight": self.token_embedding.weight, "bias": self.masked_lm.bias}
-        for name, parameter in tied.items():
-            name = f"cls.predictions.decoder.{name}"
-            if name in weights and not weights.holds(name, parameter.data):
-                raise InputError(
-                    f"the weights in {weights.folder} have {name} of their own, but the model's is tied to "
-                    "its token embedding, its bias to cls.predictions.bias (tie_word_embeddings)"
-                )
 
 
 def parts(of: Any) -> tuple:

@@ -59,7 +59,16 @@ class Task(BERT):
 
     def loss(self, inputs: Any, targets: Any, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of the classes, targets of the shape of the logits without the last axis;
-        -100 does not count. inputs as for `BERT.loss`."""
+        -100 does not count. inputs as for `BERT.loss`.
+
+        Raises:
+            InputError: there is one class alone, as in published models that score a pair of texts.
+        """
+        if len(self.config.labels) == 1:
+            raise InputError(
+                f"a {type(self).__name__} with one label has logits but no loss: the cross-entropy of one "
+                "class is always 0, and regression, for which transformers takes it, is not implemented"
+            )
         logits = self(*parts(inputs)).logits
         return F.cross_entropy(logits, array_module(logits.data).asarray(targets), reduction=reduction)
 

@@ -68,6 +68,9 @@ class GPT2Config:
             "reorder_and_upcast_attn": [False],
             "tie_word_embeddings": [True],
             "n_ctx": [config.get("n_positions", cls.n_positions)],
+            "is_decoder": [True, False],  # it is one
+            "n_special": [0],
+            "predict_special_tokens": [True, False],  # of which there are none
         }
         refuse_unknown(config, read=fields, only=only)
         return cls(**{name: config[name] for name in fields if name in config})

@@ -12,7 +12,8 @@ the decoder writes the translation left to right and looks at the source in each
     logits = y embedding^T + b                         one embedding for all three uses (3.4)
 
 Published weights are those of Marian, the translator whose models the Opus project trains: the same function
-with a bias b and another order of columns in the positions. The paper has no b; here it starts at zero.
+with a bias b and another order of columns in the positions. The paper has no b; here it starts at zero. These
+files: tinyllm/marian_files.py.
 """
 
 from __future__ import annotations
@@ -29,18 +30,11 @@ from autograd import Tensor, nn, no_grad
 from autograd.backend import Array, array_module
 from tinyllm.attention import MultiHeadAttention
 from tinyllm.errors import InputError
-from tinyllm.pretrained import Weights, check_options, refuse_unknown
+from tinyllm.marian_files import MarianFiles, marian_options
+from tinyllm.pretrained import check_options
 from tinyllm.translation import DecoderCache, EncoderDecoder, source_lengths
 
 ACTIVATIONS = {"relu": F.relu, "swish": F.silu, "silu": F.silu}
-# What transformers takes for an option that a config.json of this type leaves out.
-_LEFT_OUT = {
-    "vocab_size": 58101, "max_position_embeddings": 1024, "d_model": 1024,
-    "encoder_layers": 12, "encoder_ffn_dim": 4096, "encoder_attention_heads": 16,
-    "decoder_layers": 12, "decoder_ffn_dim": 4096, "decoder_attention_heads": 16,
-    "activation_function": "gelu", "scale_embedding": False,
-    "decoder_start_token_id": 58100, "pad_token_id": 58100, "eos_token_id": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,25 +106,7 @@ class TransformerConfig:
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> TransformerConfig:
         """From the contents of a config.json; InputError for an option that we do not implement."""
-        fields = cls.__dataclass_fields__.keys()
-        config = {**_LEFT_OUT, **config}
-        only = {
-            "model_type": ["marian"],
-            "is_encoder_decoder": [True],
-            "encoder_layerdrop": [0.0],
-            "decoder_layerdrop": [0.0],
-            "normalize_before": [False],
-            "normalize_embedding": [False],
-            "add_final_layer_norm": [False],
-            "static_position_embeddings": [True],
-            "force_bos_token_to_be_generated": [False],
-            "num_hidden_layers": [config["encoder_layers"]],
-            "add_bias_logits": [True, False],  # there is one, whatever this says
-        }
-        # Without effect in published models: for weights that are loaded, for classifiers, for positions.
-        without_effect = ["init_std", "classif_dropout", "classifier_dropout", "extra_pos_embeddings"]
-        refuse_unknown(config, read=[*fields, *without_effect], only=only)
-        return cls(**{name: config[name] for name in fields if name in config})
+        return cls(**marian_options(config, cls.__dataclass_fields__.keys()))
 
     def to_published(self) -> dict[str, Any]:
         """The options for a config.json."""
@@ -237,36 +213,14 @@ class DecoderLayer(nn.Module):
         return self.attention_norm(y + self.dropout(read))
 
 
-# The parts of a layer on either side: ours, published.
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "projection": "out_proj"}
-_LAYER = {
-    **{f"attention.{ours}": f"self_attn.{published}" for ours, published in _ATTENTION.items()},
-    **{f"cross_attention.{ours}": f"encoder_attn.{published}" for ours, published in _ATTENTION.items()},
-    "feed_forward.expand": "fc1",
-    "feed_forward.projection": "fc2",
-    "attention_norm": "self_attn_layer_norm",
-    "cross_attention_norm": "encoder_attn_layer_norm",
-    "feed_forward_norm": "final_layer_norm",
-}
-
-
-class Transformer(EncoderDecoder):
+class Transformer(MarianFiles, EncoderDecoder):
     """Transformer(config, seed): weights drawn from the seed; seed None leaves them zero, to be loaded.
 
     label_smoothing: of the loss in training (section 5.4); in evaluation the loss is the plain one.
     """
 
-    model_type = "marian"
     config_class = TransformerConfig
-    published_names = {
-        "source_embedding": "model.encoder.embed_tokens",  # model.shared if it is the target's too
-        "target_embedding": "model.decoder.embed_tokens",
-        "output": "lm_head",
-        **{f"{side}.{{}}.{ours}": f"model.{side}.layers.{{}}.{published}"
-           for side in ("encoder", "decoder") for ours, published in _LAYER.items()},
-    }  # fmt: skip
-    # Tied tables under their other names, and positions: some files hold them, and they are checked.
-    ignored = r"lm_head\.weight|model\.(encoder|decoder)\.embed_(tokens|positions)\.weight"
+    positions = staticmethod(positions)  # which some files hold
 
     def __init__(self, config: TransformerConfig, seed: int | None = 0, label_smoothing: float = 0.1) -> None:
         self.config, self.label_smoothing = config, label_smoothing
@@ -295,42 +249,6 @@ class Transformer(EncoderDecoder):
             else:
                 values = rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
             parameter.data = values
-
-    # The published files
-
-    def published_name(self, name: str) -> str:
-        if name == "logits_bias":
-            return "final_logits_bias"
-        if name == "source_embedding.weight" and self.config.share_encoder_decoder_embeddings:
-            return "model.shared.weight"
-        return super().published_name(name)
-
-    def published_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (1, *shape) if name == "logits_bias" else shape
-
-    def check_published(self, weights: Weights) -> None:
-        """Raise InputError if a table stored twice is not the same, or positions are not the sines and
-        cosines that they must be."""
-        tied = {
-            "lm_head.weight": self.output,
-            "model.encoder.embed_tokens.weight": self.source_embedding,
-            "model.decoder.embed_tokens.weight": self.target_embedding,
-        }
-        for name, table in tied.items():
-            if name in weights.shapes and not weights.holds(name, table.weight.data):
-                raise InputError(
-                    f"{name} in {weights.folder} is a table of its own, but by its config.json "
-                    "(share_encoder_decoder_embeddings, tie_word_embeddings) it is one with another"
-                )
-        for side in ("encoder", "decoder"):
-            name = f"model.{side}.embed_positions.weight"
-            if name in weights.shapes:
-                stored = weights[name]
-                expected = positions(0, self.context, self.config.d_model, stored)
-                if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=0, atol=1e-2):
-                    raise InputError(f"{name} in {weights.folder} are not the sines and cosines of positions")
-
-    # The function
 
     @property
     def context(self) -> int:
@@ -425,16 +343,3 @@ class Transformer(EncoderDecoder):
         if self.config.scale_embedding:
             x = x * math.sqrt(C)
         return self.dropout(x + Tensor(positions(start, ids.shape[1], C, x.data)))
-
-    def _ids(self, ids: Any, start: int = 0) -> Array:
-        """ids (B, T) on the device of the weights; InputError if they are no batch, or too many."""
-        ids = array_module(self.logits_bias.data).asarray(ids.data if isinstance(ids, Tensor) else ids)
-        if ids.ndim != 2 or not ids.size:
-            raise InputError(
-                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
-            )
-        if start + ids.shape[1] > self.context:
-            raise InputError(
-                f"{start + ids.shape[1]} tokens do not fit the model's context of {self.context}"
-            )
-        return ids
