@@ -24,6 +24,7 @@ class PretrainedModel(nn.Module):
     of the layer, and which published matrices are stored transposed.
     """
 
+    context: int  # the most positions that it can read
     model_type: ClassVar[str]
     config_class: ClassVar[Any]
     published_names: ClassVar[dict[str, str]]
@@ -127,6 +128,24 @@ class PretrainedModel(nn.Module):
     def dtype(self) -> np.dtype:
         return self.parameters()[0].dtype
 
+    def _ids(self, ids: Any, start: int = 0) -> Array:
+        """ids (B, T) on the device of the weights.
+
+        Raises:
+            InputError: they are no batch, or more than the context with the `start` before them.
+        """
+        _, weight = next(self.named_parameters())
+        ids = array_module(weight.data).asarray(ids.data if isinstance(ids, Tensor) else ids)
+        if ids.ndim != 2 or not ids.size:
+            raise InputError(
+                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
+            )
+        if start + ids.shape[1] > self.context:
+            raise InputError(
+                f"{start + ids.shape[1]} tokens do not fit the model's context of {self.context}"
+            )
+        return ids
+
 
 def _without_layer(name: str) -> tuple[str, str, str]:
     """ "blocks.3.norm_1.bias" -> ("blocks.{}.norm_1", "bias", "3")."""
@@ -138,11 +157,9 @@ def _without_layer(name: str) -> tuple[str, str, str]:
 class CausalModel(PretrainedModel):
     """A model that predicts the next token.
 
-    It has a `context`, the most positions it can read, and the part before the head, which is where models
-    differ: hidden_states(input_ids, cache) -> (B, T, C).
+    It has the part before the head, in which models differ: hidden_states(input_ids, cache) -> (B, T, C).
     """
 
-    context: int
     published_head: ClassVar[str | None] = "lm_head.weight"  # which files of a tied head may hold too
 
     @property
@@ -170,29 +187,11 @@ class CausalModel(PretrainedModel):
         hidden, targets = self.hidden_states(input_ids), self._ids(targets)
         return F.linear_cross_entropy(hidden, self.head_weight, targets, -100, reduction)
 
-    def _ids(self, input_ids: Any) -> Array:
-        """input_ids (B, T) on the device of the weights."""
-        ids = input_ids.data if isinstance(input_ids, Tensor) else input_ids
-        _, weight = next(self.named_parameters())
-        ids = array_module(weight.data).asarray(ids)
-        if ids.ndim != 2 or not ids.size:
-            raise InputError(
-                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
-            )
-        return ids
-
     def _read(self, input_ids: Any, cache: Any) -> tuple[Array, int]:
-        """input_ids (B, T) on the device of the weights, and the position of the first.
-
-        Raises:
-            InputError: they and what the cache holds are more than the context.
-        """
-        ids, start = self._ids(input_ids), cache.length if cache is not None else 0
-        if start + ids.shape[1] > self.context:
-            raise InputError(
-                f"{start + ids.shape[1]} tokens do not fit the model's context of {self.context}"
-            )
-        return ids, start
+        """input_ids (B, T) on the device of the weights, and the position of the first, after what the cache
+        holds; InputError as for `_ids`."""
+        start = cache.length if cache is not None else 0
+        return self._ids(input_ids, start), start
 
     def check_published(self, weights: pretrained.Weights) -> None:
         """Raise InputError if a file has a head of its own where the model's is tied to its embedding."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autograd import Tensor, no_grad
-from autograd.backend import Array, array_module, is_array, to_host
+from autograd.backend import Array, is_array, to_host
 from tinyllm import generation
 from tinyllm.attention import lengths_of
 from tinyllm.datasets import padded
@@ -32,7 +32,6 @@ class EncoderDecoder(PretrainedModel):
     decoder_start_token_id, target_vocabulary.
     """
 
-    context: int
     head_weight: Tensor
 
     @property
@@ -95,19 +94,6 @@ class EncoderDecoder(PretrainedModel):
         given = self._given(generation.checked_prompts(self, [input_ids]), max_new_tokens)
         start = [self.config.decoder_start_token_id]
         return generation.beam_search(given, start, max_new_tokens, width, alpha, self._stop(stop), use_cache)
-
-    def _ids(self, ids: Any, start: int = 0) -> Array:
-        """ids (B, T) on the device of the weights; InputError if they are no batch, or too many."""
-        ids = array_module(self.head_weight.data).asarray(ids.data if isinstance(ids, Tensor) else ids)
-        if ids.ndim != 2 or not ids.size:
-            raise InputError(
-                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
-            )
-        if start + ids.shape[1] > self.context:
-            raise InputError(
-                f"{start + ids.shape[1]} tokens do not fit the model's context of {self.context}"
-            )
-        return ids
 
     def _stop(self, stop: Collection[int] | None) -> Collection[int]:
         return (self.config.eos_token_id,) if stop is None else stop

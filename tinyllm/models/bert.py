@@ -232,22 +232,14 @@ class BERT(BERTFiles):
 
     def _embed(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> tuple[Tensor, Array | None]:
         """h_0 (B, T, C), and the lengths (B,) of what is no padding, or None."""
-        weight = self.token_embedding.weight
-        read = lambda ids: array_module(weight.data).asarray(ids.data if isinstance(ids, Tensor) else ids)
-        ids = read(input_ids)
-        if ids.ndim != 2 or not ids.size:
-            raise InputError(
-                f"token ids have the shape (batch, length), both 1 or more, and these {ids.shape}"
-            )
-        T = ids.shape[1]
-        if T > self.context:
-            raise InputError(f"{T} tokens do not fit the model's context of {self.context}")
+        ids = self._ids(input_ids)
+        read = lambda given: array_module(ids).asarray(given.data if isinstance(given, Tensor) else given)
         for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if array is not None and read(array).shape != ids.shape:
                 raise InputError(f"{name} has the shape {read(array).shape}, and the token ids {ids.shape}")
         segments = self.segment_embedding
         segment = segments.weight[:1] if token_type_ids is None else segments(read(token_type_ids))
-        x = self.token_embedding(ids) + self.position_embedding.weight[:T] + segment  # (B, T, C)
+        x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]] + segment  # (B, T, C)
         return self.dropout(self.norm(x)), lengths_of(attention_mask, ids)
 
     def _pool(self, hidden: Tensor) -> Tensor:
