@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,6 +26,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tinyllm")
+
+# Slow by what they are: runs of examples, comparisons with other libraries, emulated attention, all of it on
+# the stand-in for CuPy, trainings.
+SLOW = re.compile(
+    r"examples/|_reference\.py::|kernels/test_(flash_attention|traffic|compile)\.py::"
+    r"|test_fuzz\.py::|are_derivatives|test_device\.py::|stand_in|overfits|train_alike|autograd/test_wkv\.py::"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
