@@ -1,6 +1,6 @@
 """FlashAttention on a laptop: the CUDA kernel runs in the emulator, which counts every byte it moves.
 
-Without arguments, in about two minutes on 2 cores, no GPU: attention of one head, d = 64, float32, N = 256
+Without arguments, in under a minute on 2 cores, no GPU: attention of one head, d = 64, float32, N = 256
 to 2048, by the three kernels of kernels/naive_attention.cu and by kernels/flash_attention.cu. For each N it
 prints the bytes that went between global memory and the chip, counted and by the closed form, which agree to
 the byte; and the memory that each needs besides inputs and output: N x N numbers twice, against N.

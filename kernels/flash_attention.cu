@@ -334,15 +334,106 @@ __global__ void row_dots(const T* dO, const T* O, float* D, int rows, Problem p)
 
 // The algorithm's backward pass walks over tiles of keys and adds to dQ in global memory, from all blocks at
 // once, in an order that changes from run to run. Two kernels instead of one compute S and dP twice, and need
-// no such sum: here a block owns Bc keys and walks over queries, below it owns Br queries and walks over
-// keys.
+// no such sum: in the first a block owns Br queries and walks over keys, in the second it owns Bc keys and
+// walks over queries.
 //
+// L is rounded to float, and a row of P = exp(S - L) is off as a whole by as much as L: by |L| 2^-24. That is
+// nothing beside the rounding of P to 16 bits, but in float it would be the largest error by far. There the
+// first kernel sums each row of P, and both use P / rowsum(P).
+template <class T>
+constexpr bool divides_by_sum = sizeof(T) == sizeof(float);
+
+// P = exp(Q K^T * scale - L),  dS = P * (dO V^T - D),  dQ = dS K * scale.
+template <class T, int d, int Br, int Bc>
+__global__ void __launch_bounds__(Br / WARP_ROWS * WARP)
+    backward_queries(const T* dO, const T* Q, const T* K, const T* V, const float* L, const float* D,
+                     T* dQ_out, float* R, const int* lengths, Problem p) {
+    extern __shared__ uint4 shared[];
+    const int tiles = ceil_div(p.queries, Br), head = blockIdx.x / tiles % p.heads;
+    const int batch = blockIdx.x / tiles / p.heads;
+    const int i0 = (tiles - 1 - blockIdx.x % tiles) * Br, count = min(Br, p.queries - i0);
+    Q += batch * p.Q.batch + head * p.Q.head + i0 * p.Q.row;
+    dO += batch * p.dO.batch + head * p.dO.head + i0 * p.dO.row;
+    K += batch * p.K.batch + head / p.group * p.K.head;
+    V += batch * p.V.batch + head / p.group * p.V.head;
+    dQ_out += batch * p.dQ.batch + head * p.dQ.head + i0 * p.dQ.row;
+    L += ((long long)batch * p.heads + head) * p.queries + i0;
+    D += ((long long)batch * p.heads + head) * p.queries + i0;
+    R += ((long long)batch * p.heads + head) * p.queries + i0;
+
+    const Tile<T, d> Qi{(T*)shared}, dOi{Qi.data + Br * d};
+    const auto Kj = [&](int j) { return Tile<T, d>{dOi.data + (Br + j % 2 * 2 * Bc) * d}; };
+    const auto Vj = [&](int j) { return Tile<T, d>{Kj(j).data + Bc * d}; };
+    const auto start_loading_keys = [&](int j) {
+        start_loading<Bc>(Kj(j), K + j * Bc * p.K.row, p.K.row, p.keys - j * Bc);
+        start_loading<Bc>(Vj(j), V + j * Bc * p.V.row, p.V.row, p.keys - j * Bc);
+    };
+
+    const Mask mask(p, lengths, batch);
+    const int first = mask.keys_of(i0).begin / Bc, last = ceil_div(mask.keys_of(i0 + count - 1).end, Bc);
+    const int warp_row = threadIdx.x / WARP * WARP_ROWS;
+    const Range top = mask.keys_of(i0 + warp_row);
+    const Range bottom = mask.keys_of(i0 + min(warp_row + WARP_ROWS, count) - 1);
+    const Range sees[2] = {mask.keys_of(i0 + warp_row + lane_row()),
+                           mask.keys_of(i0 + warp_row + lane_row() + 8)};
+
+    float dQ[d / 8][4], l[2], delta[2], sum[2] = {0, 0};  // L, D and rowsum(P) of the rows g and g + 8
+    clear(dQ);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int i = warp_row + lane_row() + 8 * r;
+        l[r] = i < count ? L[i] : 0;
+        delta[r] = i < count ? D[i] : 0;
+    }
+    if (first < last) {
+        start_loading<Br>(Qi, Q, p.Q.row, count);
+        start_loading<Br>(dOi, dO, p.dO.row, count);
+        start_loading_keys(first);
+    }
+    for (int j = first; j < last; ++j) {
+        wait_for_copies();
+        __syncthreads();
+        if (j + 1 < last) start_loading_keys(j + 1);
+        if (warp_row >= count || !sees_any(top, bottom, j * Bc, Bc)) continue;
+        const bool all = sees_all(top, bottom, j * Bc, Bc);
+
+        float P[Bc / 8][4], dS[Bc / 8][4];
+        clear(P);
+        clear(dS);
+        add_product_transposed(P, Qi, warp_row, Kj(j));
+        add_product_transposed(dS, dOi, warp_row, Vj(j));
+#pragma unroll
+        for (int n = 0; n < Bc / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const bool visible = all || sees[e / 2].contains(j * Bc + 8 * n + lane_column() + e % 2);
+                const float x = exponential<T>(P[n][e] * p.scale - l[e / 2]);
+                dS[n][e] = visible ? x * (dS[n][e] - delta[e / 2]) : 0;
+                if constexpr (divides_by_sum<T>) sum[e / 2] += visible ? x : 0;
+            }
+        }
+        add_product(dQ, dS, Kj(j));
+    }
+    float scale[2] = {p.scale, p.scale};
+    if constexpr (divides_by_sum<T>) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[r] = row_sum(sum[r]);
+            const float inverse = sum[r] > 0 ? 1 / sum[r] : 0;
+            const int i = warp_row + lane_row() + 8 * r;
+            if (i < count && lane_column() == 0) R[i] = inverse;
+            scale[r] *= inverse;
+        }
+    }
+    store(dQ_out, p.dQ.row, count, dQ, scale, Qi, warp_row);
+}
+
 // The tiles are transposed: a row is a key. P^T = exp(K Q^T * scale - L),  dV = P^T dO,
 // dS^T = P^T * (V dO^T - D),  dK = dS^T Q * scale.
 template <class T, int d, int Br, int Bc>
 __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
-    backward_keys(const T* dO, const T* Q, const T* K, const T* V, const float* L, const float* D, T* dK_out,
-                  T* dV_out, const int* lengths, Problem p) {
+    backward_keys(const T* dO, const T* Q, const T* K, const T* V, const float* L, const float* D,
+                  const float* R, T* dK_out, T* dV_out, const int* lengths, Problem p) {
     extern __shared__ uint4 shared[];
     const int tiles = ceil_div(p.keys, Bc), kv_heads = p.heads / p.group;
     const int head = blockIdx.x / tiles % kv_heads, batch = blockIdx.x / tiles / kv_heads;
@@ -356,6 +447,7 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
     dV_out += batch * p.dV.batch + head * p.dV.head + j0 * p.dV.row;
     L += ((long long)batch * p.heads + h0) * p.queries;
     D += ((long long)batch * p.heads + h0) * p.queries;
+    R += ((long long)batch * p.heads + h0) * p.queries;
 
     const Mask mask(p, lengths, batch);
     const int seen = min(j0 + count, mask.length);  // keys from here on are padding
@@ -366,9 +458,11 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
     const Tile<T, d> Kj{(T*)shared}, Vj{Kj.data + Bc * d};
     const auto Qi = [&](int step) { return Tile<T, d>{Vj.data + (Bc + step % 2 * 2 * Br) * d}; };
     const auto dOi = [&](int step) { return Tile<T, d>{Qi(step).data + Br * d}; };
-    // L and D of the queries, in two buffers too.
+    // L, D and, in float, R of the queries, in two buffers too.
     float* const statistics = (float*)(Vj.data + (Bc + 4 * Br) * d);
-    const auto Li = [&](int step) { return statistics + step % 2 * 2 * Br; };
+    const auto Li = [&](int step) { return statistics + step % 2 * (2 + divides_by_sum<T>) * Br; };
+    const auto Di = [&](int step) { return Li(step) + Br; };
+    const auto Ri = [&](int step) { return Di(step) + Br; };
     const auto first_query = [&](int step) { return (first + step % (last - first)) * Br; };
     const auto start_loading_queries = [&](int step) {
         const int h = step / (last - first), i0 = first_query(step), rows = p.queries - i0;
@@ -377,7 +471,10 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
         const long long row = (long long)h * p.queries + i0;
         for (int i = threadIdx.x; i < Br; i += blockDim.x) {
             copy_async<4>(Li(step) + i, L + row + (i < rows ? i : 0), i < rows);
-            copy_async<4>(Li(step) + Br + i, D + row + (i < rows ? i : 0), i < rows);
+            copy_async<4>(Di(step) + i, D + row + (i < rows ? i : 0), i < rows);
+            if constexpr (divides_by_sum<T>) {
+                copy_async<4>(Ri(step) + i, R + row + (i < rows ? i : 0), i < rows);
+            }
         }
     };
 
@@ -411,7 +508,8 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int i = 8 * n + lane_column() + e % 2;
-                const float x = exponential<T>(P[n][e] * p.scale - Li(step)[i]);
+                float x = exponential<T>(P[n][e] * p.scale - Li(step)[i]);
+                if constexpr (divides_by_sum<T>) x *= Ri(step)[i];
                 P[n][e] = all || sees[e / 2].contains(i0 + i) ? x : 0;
             }
         }
@@ -422,7 +520,7 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
         for (int n = 0; n < Br / 8; ++n) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                dS[n][e] = P[n][e] * (dS[n][e] - Li(step)[Br + 8 * n + lane_column() + e % 2]);
+                dS[n][e] = P[n][e] * (dS[n][e] - Di(step)[8 * n + lane_column() + e % 2]);
             }
         }
         add_product(dK, dS, Qi(step));
@@ -430,77 +528,4 @@ __global__ void __launch_bounds__(Bc / WARP_ROWS * WARP)
     const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
     store(dV_out, p.dV.row, count, dV, one, Vj, warp_row);
     store(dK_out, p.dK.row, count, dK, scale, Kj, warp_row);
-}
-
-// P = exp(Q K^T * scale - L),  dS = P * (dO V^T - D),  dQ = dS K * scale.
-template <class T, int d, int Br, int Bc>
-__global__ void __launch_bounds__(Br / WARP_ROWS * WARP)
-    backward_queries(const T* dO, const T* Q, const T* K, const T* V, const float* L, const float* D,
-                     T* dQ_out, const int* lengths, Problem p) {
-    extern __shared__ uint4 shared[];
-    const int tiles = ceil_div(p.queries, Br), head = blockIdx.x / tiles % p.heads;
-    const int batch = blockIdx.x / tiles / p.heads;
-    const int i0 = (tiles - 1 - blockIdx.x % tiles) * Br, count = min(Br, p.queries - i0);
-    Q += batch * p.Q.batch + head * p.Q.head + i0 * p.Q.row;
-    dO += batch * p.dO.batch + head * p.dO.head + i0 * p.dO.row;
-    K += batch * p.K.batch + head / p.group * p.K.head;
-    V += batch * p.V.batch + head / p.group * p.V.head;
-    dQ_out += batch * p.dQ.batch + head * p.dQ.head + i0 * p.dQ.row;
-    L += ((long long)batch * p.heads + head) * p.queries + i0;
-    D += ((long long)batch * p.heads + head) * p.queries + i0;
-
-    const Tile<T, d> Qi{(T*)shared}, dOi{Qi.data + Br * d};
-    const auto Kj = [&](int j) { return Tile<T, d>{dOi.data + (Br + j % 2 * 2 * Bc) * d}; };
-    const auto Vj = [&](int j) { return Tile<T, d>{Kj(j).data + Bc * d}; };
-    const auto start_loading_keys = [&](int j) {
-        start_loading<Bc>(Kj(j), K + j * Bc * p.K.row, p.K.row, p.keys - j * Bc);
-        start_loading<Bc>(Vj(j), V + j * Bc * p.V.row, p.V.row, p.keys - j * Bc);
-    };
-
-    const Mask mask(p, lengths, batch);
-    const int first = mask.keys_of(i0).begin / Bc, last = ceil_div(mask.keys_of(i0 + count - 1).end, Bc);
-    const int warp_row = threadIdx.x / WARP * WARP_ROWS;
-    const Range top = mask.keys_of(i0 + warp_row);
-    const Range bottom = mask.keys_of(i0 + min(warp_row + WARP_ROWS, count) - 1);
-    const Range sees[2] = {mask.keys_of(i0 + warp_row + lane_row()),
-                           mask.keys_of(i0 + warp_row + lane_row() + 8)};
-
-    float dQ[d / 8][4], l[2], delta[2];  // L and D of the rows g and g + 8
-    clear(dQ);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int i = warp_row + lane_row() + 8 * r;
-        l[r] = i < count ? L[i] : 0;
-        delta[r] = i < count ? D[i] : 0;
-    }
-    if (first < last) {
-        start_loading<Br>(Qi, Q, p.Q.row, count);
-        start_loading<Br>(dOi, dO, p.dO.row, count);
-        start_loading_keys(first);
-    }
-    for (int j = first; j < last; ++j) {
-        wait_for_copies();
-        __syncthreads();
-        if (j + 1 < last) start_loading_keys(j + 1);
-        if (warp_row >= count || !sees_any(top, bottom, j * Bc, Bc)) continue;
-        const bool all = sees_all(top, bottom, j * Bc, Bc);
-
-        float P[Bc / 8][4], dS[Bc / 8][4];
-        clear(P);
-        clear(dS);
-        add_product_transposed(P, Qi, warp_row, Kj(j));
-        add_product_transposed(dS, dOi, warp_row, Vj(j));
-#pragma unroll
-        for (int n = 0; n < Bc / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const bool visible = all || sees[e / 2].contains(j * Bc + 8 * n + lane_column() + e % 2);
-                const float x = exponential<T>(P[n][e] * p.scale - l[e / 2]);
-                dS[n][e] = visible ? x * (dS[n][e] - delta[e / 2]) : 0;
-            }
-        }
-        add_product(dQ, dS, Kj(j));
-    }
-    const float scale[2] = {p.scale, p.scale};
-    store(dQ_out, p.dQ.row, count, dQ, scale, Qi, warp_row);
 }

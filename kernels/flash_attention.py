@@ -108,7 +108,8 @@ def flash_attention_backward(
     """dq, dk and dv, from grad_out (B, H, n, d) and what the forward pass took and gave.
 
     With P = exp(q k^T * scale - L) and D = rowsum(grad_out * out):  dv = P^T grad_out,
-    dS = P * (grad_out v^T - D),  dq = dS k * scale,  dk = dS^T q * scale. Every run gives the same numbers:
+    dS = P * (grad_out v^T - D),  dq = dS k * scale,  dk = dS^T q * scale. In float32 the rows of P are
+    divided by their sums, which the rounding of L keeps from being 1. Every run gives the same numbers:
     no sum depends on the order in which blocks finish.
 
     into: arrays, or views of one, to write the three gradients to. Raises: as flash_attention.
@@ -136,11 +137,12 @@ def flash_attention_backward(
     dots = [grad_out, out, D, np.int32(B * H * n)]
     call.launch("row_dots", -(-B * H * n // _ROWS_OF_DOTS), dots, O=out, dO=grad_out)
     inputs, strides = [grad_out, q, k, v, logsumexp, D], {"dO": grad_out, "Q": q, "K": k, "V": v}
+    R = xp.empty((B, H, n), np.float32) if q.dtype == np.float32 else None
+    Br, _ = call.tiles("backward_queries")
+    call.launch("backward_queries", B * H * -(-n // Br), [*inputs, dq, R, call.lengths], **strides, dQ=dq)
     _, Bc = call.tiles("backward_keys")
     key_blocks = B * k.shape[1] * -(-m // Bc)
-    call.launch("backward_keys", key_blocks, [*inputs, dk, dv, call.lengths], **strides, dK=dk, dV=dv)
-    Br, _ = call.tiles("backward_queries")
-    call.launch("backward_queries", B * H * -(-n // Br), [*inputs, dq, call.lengths], **strides, dQ=dq)
+    call.launch("backward_keys", key_blocks, [*inputs, R, dk, dv, call.lengths], **strides, dK=dk, dV=dv)
     for gradient, found in zip(into, (dq, dk, dv)):
         if found is not gradient:
             gradient[...] = found[..., : call.d]
@@ -243,7 +245,8 @@ def block_shape(kernel: str, dtype: Any, d: int) -> tuple[int, int]:
         "backward_keys": (2 * Bc + 2 * 2 * Br, 2 * Bc),
         "backward_queries": (2 * Br + 2 * 2 * Bc, 2 * Br),
     }[kernel]
-    statistics = 2 * 2 * Br * 4 if kernel == "backward_keys" else 0  # L and D of the queries that stream by
+    # L, D and, in float32, R of the queries that stream by
+    statistics = 2 * (3 if itemsize == 4 else 2) * Br * 4 if kernel == "backward_keys" else 0
     return threads, rows * d * itemsize + statistics
 
 

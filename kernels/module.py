@@ -135,9 +135,8 @@ class _CudaKernel:
     def __init__(self, module: Module, name: str) -> None:
         import cupy
 
-        options = ["-std=c++17", *(f"-D{key}={value}" for key, value in module.defines.items())]
-        options += [f"-I{folder}" for folder in header_folders()]
-        self._module = cupy.RawModule(code=module.source, options=tuple(options), name_expressions=(name,))
+        options = nvrtc_options(module.defines)
+        self._module = cupy.RawModule(code=module.source, options=options, name_expressions=(name,))
         try:
             self._function = self._module.get_function(name)
         except cupy.cuda.compiler.CompileException as error:
@@ -156,6 +155,12 @@ class _CudaKernel:
     @property
     def counts(self) -> Counts:
         raise AttributeError("a card does not count: use Module(..., backend='emulator', checked=True)")
+
+
+def nvrtc_options(defines: dict[str, Any]) -> tuple[str, ...]:
+    """What NVRTC is told; CuPy adds the card and options of its own."""
+    macros = (f"-D{key}={value}" for key, value in defines.items())
+    return ("-std=c++17", *macros, *(f"-I{folder}" for folder in header_folders()))
 
 
 def header_folders() -> list[Path]:

@@ -33,10 +33,12 @@ def flash_backward_bytes(heads: int, n: int, d: int, itemsize: int, causal: bool
     dots = (2 * n * row, 4 * n)  # dO, O -> D
     Br, Bc = TILES["backward_keys"][itemsize][d]
     queries = sum(n - (j // Br * Br if causal else 0) for j in range(0, n, Bc))
-    keys = (2 * n * row + queries * (2 * row + 8), 2 * n * row)  # K, V once; Q, dO, L, D -> dK, dV
+    sums = 4 * (itemsize == 4)  # R of a row
+    # K, V once; Q, dO, L, D, R -> dK, dV
+    keys = (2 * n * row + queries * (2 * row + 8 + sums), 2 * n * row)
     Br, Bc = TILES["backward_queries"][itemsize][d]
     # Four threads hold a row, and each reads its L and its D.
-    by_queries = (2 * n * row + 4 * 8 * n + 2 * row * _keys_read(n, Br, Bc, causal), n * row)
+    by_queries = (2 * n * row + 4 * 8 * n + 2 * row * _keys_read(n, Br, Bc, causal), n * (row + sums))
     read, written = map(sum, zip(dots, keys, by_queries))
     return heads * read, heads * written
 

@@ -9,6 +9,9 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}
+UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # the largest relative rounding
+ROUNDINGS = 4  # of the largest sum, that `check` allows beyond twice the error of plain attention
+NAMES = ("out", "logsumexp", "dq", "dk", "dv")  # what both passes give
 
 
 @dataclass
@@ -68,22 +71,30 @@ def visible(c: Case) -> np.ndarray:
     return sees
 
 
-def attention(c: Case, dtype: Any) -> tuple[np.ndarray, ...]:
+def attention(c: Case, dtype: Any, seed: int = 0) -> tuple[np.ndarray, ...]:
     """out, logsumexp, dq, dk, dv the plain way, every intermediate result rounded to `dtype`.
 
     Products of 16-bit matrices are summed, and softmax is computed, in float32, as frameworks do.
+    seed: if not 0, queries, keys and the numbers of a head change places while it computes, and with them
+    the order of the sums; and in float32 q and k share the scale. Only roundings change by that.
     """
+    (B, H, n, d), (_, H_kv, m, _) = c.q.shape, c.k.shape
+    rng = np.random.default_rng(seed)
+    queries, keys, numbers = (rng.permutation(x) if seed else np.arange(x) for x in (n, m, d))
+    back = lambda x, rows: x[:, :, np.argsort(rows)][..., np.argsort(numbers)]
     wide = np.float64 if dtype == np.float64 else np.float32
 
     def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a.astype(wide) @ b.astype(wide)).astype(dtype)
 
-    (B, H, _, d), (_, H_kv, m, _) = c.q.shape, c.k.shape
-    q, k, v, g = (x.astype(dtype) for x in (c.q, c.k, c.v, c.g))
-    k, v = (np.repeat(x, H // H_kv, 1) for x in (k, v))
+    q, g = (x[:, :, queries][..., numbers].astype(dtype) for x in (c.q, c.g))
+    k, v = (x[:, :, keys][..., numbers].astype(dtype).repeat(H // H_kv, 1) for x in (c.k, c.v))
+    sees = visible(c)[:, :, queries][..., keys]
+    share_of_q = rng.random() if seed and dtype == wide else 1
     scale = dtype(c.keywords.get("scale") or 1 / np.sqrt(d))
     with np.errstate(all="ignore"):
-        scores = np.where(visible(c), times(q * scale, k.swapaxes(-1, -2)), dtype(-np.inf)).astype(wide)
+        scores = times(q * dtype(scale**share_of_q), (k * dtype(scale ** (1 - share_of_q))).swapaxes(-1, -2))
+        scores = np.where(sees, scores, dtype(-np.inf)).astype(wide)
         top = scores.max(-1, keepdims=True, initial=-np.inf)
         top = np.where(np.isfinite(top), top, wide(0))
         e = np.exp(scores - top)
@@ -95,69 +106,65 @@ def attention(c: Case, dtype: Any) -> tuple[np.ndarray, ...]:
     ds = (p.astype(wide) * (dp.astype(wide) - D)).astype(dtype)
     share = lambda x: x.astype(wide).reshape(B, H_kv, H // H_kv, m, d).sum(2).astype(dtype)
     dk, dv = times(ds.swapaxes(-1, -2), q), times(p.swapaxes(-1, -2), g)
-    return out, logsumexp, times(ds, k) * scale, share(dk) * scale, share(dv)
+    dq, dk, dv = back(times(ds, k) * scale, queries), back(share(dk) * scale, keys), back(share(dv), keys)
+    return back(out, queries), logsumexp[:, :, np.argsort(queries)], dq, dk, dv
 
 
 def largest_terms(c: Case) -> tuple[float, ...]:
     """The largest sum of the magnitudes of what is added up, for each of the five results."""
     (B, H, _, d), (_, H_kv, m, _) = c.q.shape, c.k.shape
     out, logsumexp, *_ = attention(c, np.float64)
-    q, k, v, g = (np.abs(x.astype(np.float64)) for x in (c.q, c.k, c.v, c.g))
-    k, v = (np.repeat(x, H // H_kv, 1) for x in (k, v))
     scale = c.keywords.get("scale") or 1 / np.sqrt(d)
-    scores = c.q.astype(np.float64) @ np.repeat(c.k.astype(np.float64), H // H_kv, 1).swapaxes(-1, -2) * scale
+    q, k, v, g = (x.astype(np.float64) for x in (c.q, c.k, c.v, c.g))
+    k, v = (np.repeat(x, H // H_kv, 1) for x in (k, v))
+    sees = visible(c)
     with np.errstate(all="ignore"):
-        p = np.where(visible(c), np.exp(scores - logsumexp[..., None]), 0)
+        p = np.where(sees, np.exp(q @ k.swapaxes(-1, -2) * scale - logsumexp[..., None]), 0)
+    q, k, v, g = map(np.abs, (q, k, v, g))
+    scores = np.where(sees, q @ k.swapaxes(-1, -2) * scale, 0)
     ds = p * (g @ v.swapaxes(-1, -2) + (g * np.abs(out)).sum(-1, keepdims=True)) * scale
     share = lambda x: x.reshape(B, H_kv, H // H_kv, m, d).sum(2)
-    sums = (p @ v, np.where(np.isfinite(logsumexp), np.abs(logsumexp), 0), ds @ k)
-    sums += (share(ds.swapaxes(-1, -2) @ q), share(p.swapaxes(-1, -2) @ g))
+    sums = (p @ v, scores, ds @ k, share(ds.swapaxes(-1, -2) @ q), share(p.swapaxes(-1, -2) @ g))
     return tuple(float(x.max(initial=0)) for x in sums)
 
 
-def plain_errors(c: Case, exact: tuple[np.ndarray, ...]) -> list[float]:
-    """The largest error of each result of plain attention, over a few orders of its sums.
-
-    One order may be lucky, so the numbers of a head change places: that changes nothing but the roundings.
-    """
+def plain_errors(c: Case, exact: tuple[np.ndarray, ...], orders: range = range(8)) -> np.ndarray:
+    """The largest error of each result of plain attention, over some ways to compute it."""
     errors = []
-    for seed in range(4):
-        order = np.random.default_rng(seed).permutation(c.q.shape[3])
-        shuffled = Case(*(x[..., order] for x in (c.q, c.k, c.v, c.g)), c.keywords)
-        found = attention(shuffled, c.q.dtype.type)
-        pairs = [(x, y if i == 1 else y[..., order]) for i, (x, y) in enumerate(zip(found, exact))]
+    for seed in orders:
+        pairs = zip(attention(c, c.q.dtype.type, seed), exact)
         with np.errstate(invalid="ignore"):  # -inf - -inf
             errors.append([np.nanmax(np.abs(x.astype(np.float64) - y), initial=0) for x, y in pairs])
-    return np.max(errors, axis=0).tolist()
+    return np.max(errors, axis=0)
+
+
+def unit(name: str, c: Case) -> float:
+    """The largest relative rounding of a result."""
+    return UNITS["float32" if name == "logsumexp" else c.q.dtype.name]
 
 
 def check(c: Case, found: tuple[np.ndarray, ...]) -> None:
     """The errors of out, logsumexp, dq, dk, dv are at most twice those of plain attention, equally precise.
 
-    That is the budget of the FlashAttention test suite, and not all that is allowed here. out and logsumexp
-    may have roundings of the largest sum on top: eight, for 300 keys are five tiles, each of which scales the
-    sum and adds to it (found: up to 7.7). A gradient may have four, and also what the rounding of L does to
-    P = exp(S - L), which is all it knows of the sum of a row. The kernel needs much of that: a float32 dv is
-    off by up to 15 times as much as that of plain attention on normal inputs, by hundreds of times on tailed
-    and by thousands on large ones. The price: a median dq or dk of normal inputs would pass if it were 30 to
-    90 times less exact.
+    That is the budget of the FlashAttention test suite. On top of it there are four roundings of the largest
+    sum, for plain attention can be exact where the kernel is not: with one key, or one that outweighs all
+    others, its P is 1 and its dS is 0, while here D and dO V^T are two sums of the same numbers. And where a
+    few huge scores decide, roundings can be lucky: the kernel has one try, plain attention eight, and where
+    these are not enough, 128.
     """
     dtype = c.q.dtype.type
-    exact = attention(c, np.float64)
-    units = {np.float32: 2.0**-24, np.float16: 2.0**-11, bfloat16: 2.0**-8}
-    of_L = 2.0**-23 * np.abs(exact[1][np.isfinite(exact[1])]).max(initial=0)
-    for name, ours, reference, budget, terms in zip(
-        ("out", "logsumexp", "dq", "dk", "dv"), found, exact, plain_errors(c, exact), largest_terms(c)
-    ):
+    exact, errors = attention(c, np.float64), []
+    for name, ours, reference in zip(NAMES, found, exact):
         assert ours.shape == reference.shape
         assert ours.dtype == (np.float32 if name == "logsumexp" else dtype)
         hidden = np.isneginf(reference)  # logsumexp of a query that sees nothing
         assert np.array_equal(np.isneginf(ours.astype(np.float64)), hidden), f"{name} of {c}"
         ours, reference = (np.where(hidden, 0, x.astype(np.float64)) for x in (ours, reference))
-        error = np.abs(ours - reference).max(initial=0)
-        unit = units[np.float32 if name == "logsumexp" else dtype]
-        if name in ("out", "logsumexp"):
-            limit = 2 * budget + 8 * unit * terms
-        else:
-            limit = 2 * budget + (4 * unit + of_L) * terms
-        assert error <= limit, f"{name} of {c}: error {error:.2e}, plain {budget:.2e}, limit {limit:.2e}"
+        errors.append(np.abs(ours - reference).max(initial=0))
+    slack = [ROUNDINGS * unit(name, c) * terms for name, terms in zip(NAMES, largest_terms(c))]
+    plain = plain_errors(c, exact)
+    if not np.all(errors <= 2 * plain + slack):
+        plain = np.maximum(plain, plain_errors(c, exact, range(8, 128)))
+    for name, error, most, extra in zip(NAMES, errors, plain, slack):
+        limit = 2 * most + extra
+        assert error <= limit, f"{name} of {c}: error {error:.2e}, plain {most:.2e}, limit {limit:.2e}"

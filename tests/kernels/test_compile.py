@@ -5,16 +5,17 @@ pytest tests/kernels/test_compile.py -s        prints the table from which the t
 
 from __future__ import annotations
 
+import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from kernels.flash_attention import HEAD_DIMS, SOURCE, TILES, block_shape, kernel_name
-from kernels.module import header_folders, inlined
+from kernels.module import header_folders, inlined, nvrtc_options
 
 try:
+    from cupy.cuda import compiler as CUPY
     from cupy.cuda import nvrtc as NVRTC
 except Exception as error:
     pytest.skip(f"needs CuPy, which brings the way to NVRTC: {error}", allow_module_level=True)
@@ -23,17 +24,17 @@ KERNELS = ("forward", "row_dots", "backward_keys", "backward_queries")
 TYPES = ("float32", "float16", "bfloat16")
 SHARED_OF_A_BLOCK, SHARED_OF_AN_SM, KEPT_BY_THE_SYSTEM = 99 * 1024, 100 * 1024, 1024  # bytes, on sm_86
 REGISTERS_OF_AN_SM, WARPS_OF_AN_SM = 65536, 48
+OF_CUPY = ("--device-as-default-execution-space", "-ftz=true")  # what RawModule adds to our options
 
 
-def headers() -> Path:
-    """The folder of CUDA's headers."""
+def nvrtc() -> None:
+    """Skip where NVRTC or CUDA's headers are missing."""
     try:
         NVRTC.getVersion()
     except Exception as error:  # no libnvrtc to load
         pytest.skip(f"needs NVRTC, pip install nvidia-cuda-nvrtc-cu12: {error}")
     if not header_folders():
         pytest.skip("needs CUDA's headers, pip install nvidia-cuda-runtime-cu12")
-    return header_folders()[0]
 
 
 def compile_for(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
@@ -41,7 +42,7 @@ def compile_for(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
     program = NVRTC.createProgram(inlined(SOURCE), "flash_attention.cu", [], [])
     for name in names:
         NVRTC.addNameExpression(program, name)
-    options = (f"--gpu-architecture={arch}", f"-I{headers()}", "--std=c++17", "--ptxas-options=-v")
+    options = (*nvrtc_options({}), *OF_CUPY, f"-arch={arch}", "--ptxas-options=-v")
     try:
         NVRTC.compileProgram(program, options)
     except NVRTC.NVRTCError:
@@ -54,7 +55,7 @@ def compile_for(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def compile_all(arch: str) -> dict[tuple[str, str, int], tuple[int, int]]:
-    headers()
+    nvrtc()
     keys = [(kernel, dtype, d) for kernel in KERNELS for dtype in TYPES for d in HEAD_DIMS]
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda key: compile_for(arch, [kernel_name(*key)]), keys)
@@ -82,9 +83,14 @@ def fits(kernel: str, dtype: str, d: int, registers: int, spilled: int) -> str:
     )
 
 
+def test_the_options_are_those_of_cupy():
+    source = inspect.getsource(CUPY)
+    assert all(f"'{option}'" in source for option in OF_CUPY)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_spills_on_the_target_card(kernel):
-    headers()
+    nvrtc()
     for dtype in ("float32", "float16"):
         name = kernel_name(kernel, dtype, 64)
         fits(kernel, dtype, 64, *compile_for("sm_86", [name])[name])
@@ -106,6 +112,6 @@ def test_other_cards_take_all_variants(arch):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_older_cards_take_float32(kernel):
     """Below sm_80 there are no asynchronous copies; tiles then pass through registers."""
-    headers()
+    nvrtc()
     name = kernel_name(kernel, "float32", 64)
     assert name in compile_for("sm_75", [name])

@@ -828,6 +828,7 @@ def test_an_error_of_the_compiler_names_the_line(tmp_path):
         kernel(tmp_path, "__global__ void test() {}", "other")
 
 
+@pytest.mark.slow
 def test_many_processes_build_the_same_kernel(tmp_path):
     program = """
 import numpy as np
