@@ -6,7 +6,7 @@ A text or a pair has a class, each token has a tag, or the answer to a question 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Task(BERT):
     """BERT with one new layer on top, to be fine-tuned as a whole (section 3.2)."""
 
     architecture: str
+    _answer: Callable[[Output], Tensor]  # the head's logits, from what BERT gives
 
     @classmethod
     def on(cls, bert: BERT, labels: Sequence[str] = (), seed: int = 0) -> Any:
@@ -47,10 +48,6 @@ class Task(BERT):
             raise InputError(f"a {type(self).__name__} needs labels, each once: {labels}")
         self.head_dropout = nn.Dropout(self.config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(self.config.hidden_size, len(labels))
-
-    def _answer(self, out: Output) -> Tensor:
-        """The head's logits, from what BERT gives."""
-        raise NotImplementedError
 
     def forward(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Output:
         """As BERT, with the head's logits."""
